@@ -1,0 +1,269 @@
+"""What a user sets: the codebook, motion regularisation and the configuration that holds both.
+
+All three are immutable, checked when they are made, and go to JSON and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+def _number(name: str, value, minimum: float, *, strict: bool = False, integer: bool = False):
+    """`value` if it is a finite number over the minimum, else an error that names it."""
+    kind = "an integer" if integer else "a finite number"
+    bound = f"{kind} {'>' if strict else '>='} {minimum:g}"
+    allowed = int if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise TypeError(f"{name}: expected {bound}, got {value!r}")
+    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+        raise ValueError(f"{name}: expected {bound}, got {value!r}")
+    return value
+
+
+def _tuple(name: str, values) -> tuple:
+    if not isinstance(values, (tuple, list)):
+        raise TypeError(f"{name}: expected a list, got {values!r}")
+    return tuple(values)
+
+
+class _Json:
+    """JSON of a frozen dataclass, with unknown fields refused by name."""
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping):
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{cls.__name__}: expected an object with named fields, got {data!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in data:
+            if name not in known:
+                raise ValueError(f"{cls.__name__}: unknown field {name!r}; expected some of {', '.join(known)}")
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        for name in required:
+            if name not in data:
+                raise ValueError(f"{cls.__name__}: field {name!r} is missing")
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, text: str):
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{cls.__name__}: not valid JSON: {error}") from None
+        return cls.from_dict(data)
+
+
+@dataclass(frozen=True)
+class Codebook(_Json):
+    """Which rate follows from which distance.
+
+    The rate k is that of the first threshold with distance < threshold, else the last rate; the next computed
+    step is then k steps on.
+
+    Args:
+        thresholds: ascending, finite, above zero. Higher ones reuse more: faster, less faithful.
+        rates: one for each threshold and one for every larger distance; integers >= 1.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    thresholds: tuple[float, ...]
+    rates: tuple[int, ...]
+
+    def __post_init__(self):
+        thresholds, rates = _tuple("thresholds", self.thresholds), _tuple("rates", self.rates)
+        for value in thresholds:
+            _number("thresholds", value, 0, strict=True)
+        for low, high in zip(thresholds, thresholds[1:]):
+            if low >= high:
+                raise ValueError(f"thresholds: expected ascending values, got {high!r} after {low!r}")
+        for value in rates:
+            _number("rates", value, 1, integer=True)
+        if len(rates) != len(thresholds) + 1:
+            expected = f"{len(thresholds) + 1} values (one a threshold, one for larger distances)"
+            raise ValueError(f"rates: expected {expected}, got {len(rates)}")
+        object.__setattr__(self, "thresholds", tuple(float(t) for t in thresholds))
+        object.__setattr__(self, "rates", rates)
+
+    def rate(self, distance: float) -> int:
+        """The rate for a distance. NaN and Inf give 1: the next step is computed."""
+        if not math.isfinite(distance):
+            return 1
+        return next((k for t, k in zip(self.thresholds, self.rates) if distance < t), self.rates[-1])
+
+    def scaled(self, factor: float) -> Codebook:
+        """The same rates with every threshold multiplied: below 1 more faithful, above 1 faster."""
+        _number("factor", factor, 0, strict=True)
+        return Codebook(tuple(t * factor for t in self.thresholds), self.rates)
+
+    @classmethod
+    def parse(cls, text: str) -> Codebook:
+        """From `0.03:12,0.05:10,3`: threshold:rate pairs, then the rate of every larger distance."""
+        *pairs, last = [entry.strip() for entry in text.split(",")]
+        try:
+            split = [pair.split(":") for pair in pairs]
+            return cls(tuple(float(t) for t, _ in split), (*(int(k) for _, k in split), int(last)))
+        except ValueError as error:
+            if str(error).startswith(("thresholds:", "rates:")):
+                raise
+            expected = "threshold:rate pairs and a last rate, as in 0.03:12,0.05:10,3"
+            raise ValueError(f"codebook: expected {expected}, got {text!r}") from None
+
+    def __str__(self) -> str:
+        pairs = [f"{t:g}:{k}" for t, k in zip(self.thresholds, self.rates)]
+        return ",".join([*pairs, str(self.rates[-1])])
+
+
+@dataclass(frozen=True)
+class MotionRegularization(_Json):
+    """MoReg: a livelier video gets a larger distance and so more computed steps.
+
+    With r the new residual and s a stride in latent frames (Kahatapitiya et al., arXiv 2411.02397, with the
+    normalisation, power and absolute value of the released code)
+
+        m_s = sum|r[:, s:] - r[:, :-s]| / (sum|r[:, s:]| + sum|r[:, :-s]|),    m = mean of m_s over strides
+        M   = (m / scale) ** power / divisor  inside the window, else 1
+        G   = gradient_weight * (M - M_prev) / k_prev
+        distance <- distance * (M + |G|)
+
+    Args:
+        window: first and last step (counted from 1, both included) in which M is measured.
+        frame_strides: strides s in latent frames; those as long as the video are left out.
+        scale: motion that leaves the distance as it is. 0.385 was fitted to Open-Sora.
+        power: how sharply M rises around the scale.
+        divisor: of the power; the released configuration ran with 1.
+        gradient_weight: weight of the change of M, 0 to leave it out.
+    """
+
+    window: tuple[int, int]
+    frame_strides: tuple[int, ...] = (1,)
+    scale: float = 0.385
+    power: float = 8
+    divisor: float = 1
+    gradient_weight: float = 10
+
+    def __post_init__(self):
+        window, strides = _tuple("window", self.window), _tuple("frame_strides", self.frame_strides)
+        if len(window) != 2 or any(isinstance(s, bool) or not isinstance(s, int) for s in window):
+            raise ValueError(f"window: expected two steps (first, last), got {self.window!r}")
+        if not 1 <= window[0] <= window[1]:
+            raise ValueError(f"window: expected 1 <= first <= last, got {self.window!r}")
+        if not strides or len(set(strides)) != len(strides):
+            raise ValueError(f"frame_strides: expected distinct strides, at least one, got {self.frame_strides!r}")
+        for stride in strides:
+            _number("frame_strides", stride, 1, integer=True)
+        _number("scale", self.scale, 0, strict=True)
+        _number("power", self.power, 0)
+        _number("divisor", self.divisor, 0, strict=True)
+        _number("gradient_weight", self.gradient_weight, 0)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "frame_strides", strides)
+
+    def scale_of(self, motion: float) -> float:
+        """M for a motion score m inside the window; Inf where it overflows."""
+        try:
+            return (motion / self.scale) ** self.power / self.divisor
+        except OverflowError:
+            return math.inf
+
+    def rescaled(self, published: int, steps: int) -> MotionRegularization:
+        """The same for a run of another length: the window keeps its share of the steps."""
+        _number("published", published, 1, integer=True)
+        _number("steps", steps, 1, integer=True)
+        first, last = (max(1, math.floor(s * steps / published + 0.5)) for s in self.window)
+        return dataclasses.replace(self, window=(first, last))
+
+
+@dataclass(frozen=True)
+class AdaCacheConfig(_Json):
+    """How a transformer is cached.
+
+    Args:
+        codebook: from the residual's distance to the rate: the trade of speed against fidelity.
+        motion: MoReg, or None. It spends more steps on lively videos and fewer on still ones.
+        num_steps: denoising steps of a run, at least 3. None takes it from the pipeline; needed when a bare
+            transformer is cached.
+        probe_block: index of the block whose attention residual is measured, from 0 (negative: from the end).
+            None is the middle one, as in the paper.
+    """
+
+    codebook: Codebook
+    motion: MotionRegularization | None = None
+    num_steps: int | None = None
+    probe_block: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.codebook, Codebook):
+            raise TypeError(f"codebook: expected a Codebook, got {self.codebook!r}")
+        if self.motion is not None and not isinstance(self.motion, MotionRegularization):
+            raise TypeError(f"motion: expected a MotionRegularization or None, got {self.motion!r}")
+        if self.num_steps is not None:
+            _number("num_steps", self.num_steps, 3, integer=True)
+        if self.probe_block is not None and (
+            isinstance(self.probe_block, bool) or not isinstance(self.probe_block, int)
+        ):
+            raise TypeError(f"probe_block: expected an integer or None, got {self.probe_block!r}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> AdaCacheConfig:
+        if isinstance(data, Mapping):
+            data = dict(data)
+            for name, kind in (("codebook", Codebook), ("motion", MotionRegularization)):
+                if data.get(name) is not None:
+                    data[name] = kind.from_dict(data[name])
+        return super().from_dict(data)
+
+    @classmethod
+    def official(cls, name: str, *, moreg: bool = False) -> AdaCacheConfig:
+        """A preset of the released code, `open-sora-100`, `open-sora-30-fast` or `open-sora-30-slow`.
+
+        The number in the name is the number of steps that it was published for.
+        """
+        return cls.preset(_known("preset", name, OFFICIAL), moreg=moreg)
+
+    @classmethod
+    def preset(cls, name: str, *, moreg: bool = False) -> AdaCacheConfig:
+        """An official preset, or `embedded`: the one of the small model in `adacache_triton.testbed`."""
+        preset = PRESETS[_known("preset", name, PRESETS)]
+        return cls(preset.codebook, preset.motion if moreg else None)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A codebook, its MoReg, and the number of steps of a run that both were published for."""
+
+    codebook: Codebook
+    motion: MotionRegularization
+    steps: int
+
+
+def _known(argument: str, name: str, names) -> str:
+    if name not in names:
+        raise ValueError(f"{argument}: expected one of {', '.join(names)}, got {name!r}")
+    return name
+
+
+_OPEN_SORA_100 = Codebook((0.03, 0.05, 0.07, 0.09, 0.11), (12, 10, 8, 6, 4, 3))
+
+OFFICIAL = {
+    "open-sora-100": Preset(_OPEN_SORA_100, MotionRegularization((10, 90)), 100),
+    "open-sora-30-fast": Preset(
+        Codebook((0.08, 0.16, 0.24, 0.32, 0.40), (6, 5, 4, 3, 2, 1)), MotionRegularization((4, 26)), 30
+    ),
+    "open-sora-30-slow": Preset(Codebook((0.08, 0.16), (3, 2, 1)), MotionRegularization((4, 26)), 30),
+}
+
+PRESETS = OFFICIAL | {
+    # Thresholds and motion scale of the embedded model, chosen on seeds that the demo does not show.
+    "embedded": Preset(_OPEN_SORA_100.scaled(0.5), MotionRegularization((5, 45), scale=0.5, power=2), 50),
+}
