@@ -102,9 +102,12 @@ def apply_adacache(
         raise ValueError(f"calls_per_step: expected an integer >= 1, got {calls_per_step!r}")
     pipeline = None if isinstance(pipeline_or_transformer, nn.Module) else pipeline_or_transformer
     transformer = pipeline_or_transformer if pipeline is None else getattr(pipeline, "transformer", None)
-    if not isinstance(transformer, nn.Module):
+    if not isinstance(transformer, nn.Module) or (pipeline is not None and not hasattr(pipeline, "scheduler")):
         got = type(pipeline_or_transformer).__name__
-        raise TypeError(f"pipeline_or_transformer: expected a pipeline with a transformer, or one, got {got}")
+        raise TypeError(
+            "pipeline_or_transformer: expected a transformer, or a pipeline with `transformer` and `scheduler`, "
+            f"got {got}"
+        )
     if hasattr(transformer, _MARK):
         raise ValueError(f"transformer: {type(transformer).__name__} is cached already; remove() that handle first")
     if getattr(transformer, "is_cache_enabled", False):

@@ -80,7 +80,7 @@ class Located:
         for parent, name, path in self.lists:
             blocks[path] = getattr(parent, name)
             if not isinstance(blocks[path], nn.ModuleList) or not len(blocks[path]):
-                kind = f"{type(blocks[path]).__name__} of length {len(blocks[path])}"
+                kind = type(blocks[path]).__name__
                 raise ValueError(f"BlockStack.lists: expected {path!r} to be a filled ModuleList, got {kind}")
         probes = blocks[stack.probe_list]
         index = (len(probes) - 1) // 2 if probe_block is None else probe_block

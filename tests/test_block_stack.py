@@ -1,0 +1,77 @@
+"""Descriptions of models: a wrong one fails when it is applied, and says which field; a new one needs no edit."""
+
+import dataclasses
+
+import pytest
+import torch
+from doubles.stdit3 import STDiT3
+
+from adacache_triton import AdaCacheConfig, BlockStack, Codebook, apply_adacache
+from adacache_triton.models import register, stack_of
+
+CONFIG = AdaCacheConfig(Codebook((1e6,), (3, 1)), num_steps=6)
+STACK = stack_of(STDiT3())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lists": ("spatial", "temporal_blocks")}, "BlockStack.lists: STDiT3 has no module 'spatial'"),
+        ({"lists": ("x_embedder", "temporal_blocks")}, "BlockStack.lists: expected 'x_embedder' to be a filled"),
+        ({"exit": "norm_out"}, "BlockStack.exit: STDiT3 has no module 'norm_out'"),
+        ({"probe_after": "norm9"}, "BlockStack.probe_after: STDiT3Block has no module 'norm9'"),
+        ({"input": "hidden_states"}, "BlockStack.input: STDiT3.forward has no argument 'hidden_states'; it has x, "),
+        ({"timestep": "t"}, "BlockStack.timestep: STDiT3.forward has no argument 't'; it has x, timestep"),
+    ],
+)
+def test_a_wrong_field_is_named_and_nothing_is_applied(change, message):
+    model = STDiT3()
+    with pytest.raises(ValueError) as error:
+        apply_adacache(model, CONFIG, stack=dataclasses.replace(STACK, **change))
+    assert str(error.value).startswith(message)
+    assert not hasattr(model, "_adacache_handle") and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lists": ["spatial_blocks"]}, "BlockStack.lists: expected a tuple of attribute paths, got ['spatial_blocks']"),
+        ({"probe_list": "blocks"}, "BlockStack.probe_list: expected one of ('spatial_blocks', 'temporal_blocks'), got"),
+        ({"layout": "b t s c"}, "BlockStack.layout: expected one of ('b (t s) c', '(b t) s c', '(b s) t c'), got"),
+    ],
+)
+def test_a_description_that_contradicts_itself(change, message):
+    with pytest.raises((TypeError, ValueError)) as error:
+        dataclasses.replace(STACK, **change)
+    assert str(error.value).startswith(message)
+
+
+def test_views_share_memory_and_put_frames_first():
+    B, T, S, C = 2, 3, 4, 5
+    truth = torch.arange(B * T * S * C).view(B, T, S, C)
+    forms = {
+        "b (t s) c": truth.flatten(1, 2),
+        "(b t) s c": truth.flatten(0, 1),
+        "(b s) t c": truth.transpose(1, 2).flatten(0, 1),
+    }
+    for layout, form in forms.items():
+        view = dataclasses.replace(STACK, layout=layout).view(form, B, T)
+        assert torch.equal(view, truth) and view.data_ptr() == form.data_ptr()
+    with pytest.raises(ValueError, match="does not fit a block's input of shape"):
+        STACK.view(forms["b (t s) c"], B, 5)
+    with pytest.raises(ValueError, match="does not fit a block's input of shape"):
+        dataclasses.replace(STACK, layout="(b s) t c").view(forms["b (t s) c"], B, T)
+
+
+def test_a_model_from_outside(monkeypatch):
+    monkeypatch.setattr("adacache_triton.models._STACKS", {})
+
+    class Mine(STDiT3):
+        pass
+
+    with pytest.raises(TypeError, match="transformer: expected a known class .* or a BlockStack .*, got Mine"):
+        stack_of(Mine())
+    register("STDiT3", STACK)
+    assert stack_of(Mine()) is STACK, "by the name of a base"
+    handle = apply_adacache(Mine(), CONFIG, stack=STACK)
+    handle.remove()

@@ -1,0 +1,207 @@
+"""Runs told by a pipeline's scheduler: generations, steps and guidance calls, without reading a timestep."""
+
+import copy
+import inspect
+import types
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
+
+from adacache_triton import AdaCacheConfig, Codebook, MotionRegularization, apply_adacache
+
+CONFIG = AdaCacheConfig(Codebook((1e6,), (3, 1)))  # every comparison gives rate 3
+STEPS = 10
+COMPUTED = [1, 2, 5, 8, 9, 10]
+
+
+class Loop:
+    """A pipeline reduced to what the clock sees: a transformer, a scheduler, two guidance calls a step."""
+
+    def __init__(self, transformer, scheduler):
+        self.transformer, self.scheduler = transformer, scheduler
+
+    @torch.no_grad()
+    def __call__(self, num_steps: int = STEPS, seed: int = 0, skip: int = 0, stop: int | None = None):
+        generator = torch.Generator().manual_seed(seed)
+        latents = torch.randn(1, 4, 4, 8, 8, generator=generator)
+        texts = torch.randn(2, 1, 6, 16, generator=generator)
+        self.scheduler.set_timesteps(num_steps)
+        timesteps = self.scheduler.timesteps[skip:]  # as image-to-video with a strength does
+        self._num_timesteps = len(timesteps)
+        for i, t in enumerate(timesteps):
+            if i == stop:
+                raise RuntimeError("stopped by a callback")
+            cond, uncond = (
+                self.transformer(latents, t.expand(1), encoder_hidden_states=text, return_dict=False)[0]
+                for text in texts
+            )
+            latents = self.scheduler.step(uncond + 4 * (cond - uncond), t, latents, return_dict=False)[0]
+        return latents
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=256, ffn_dim=32, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def pipe(transformer):
+    loop = Loop(transformer, FlowMatchEulerDiscreteScheduler())
+    yield loop
+    if handle := getattr(transformer, "_adacache_handle", None):
+        handle.remove()
+
+
+def test_a_run_with_two_calls_a_step(pipe):
+    plain = pipe()
+    handle = apply_adacache(pipe, CONFIG)
+    cached = pipe()
+    report = handle.report()
+    assert report.computed_steps == COMPUTED and report.num_steps == STEPS
+    assert report.kept_bytes == 2 * 2 * (4 * 16 * 24 * 4), "a stack and a probe residual for each of two calls"
+    assert not torch.equal(cached, plain) and torch.isfinite(cached).all()
+    handle.remove()
+    assert torch.equal(pipe(), plain)
+
+
+def test_all_computed_is_the_plain_video_bit_for_bit(pipe):
+    plain = pipe()
+    apply_adacache(pipe, AdaCacheConfig(Codebook((1e-9,), (1, 1)), MotionRegularization((1, 9))))
+    assert torch.equal(pipe(), plain)
+
+
+@pytest.mark.parametrize("stop", range(STEPS))
+def test_a_run_after_an_aborted_one(pipe, stop):
+    apply_adacache(pipe, CONFIG)
+    expected = pipe(seed=1)
+    with pytest.raises(RuntimeError, match="stopped"):
+        pipe(seed=0, stop=stop)
+    assert torch.equal(pipe(seed=1), expected)
+
+
+def test_another_step_count_and_a_shortened_run(pipe):
+    handle = apply_adacache(pipe, CONFIG)
+    pipe(6)
+    assert handle.report().computed_steps == [1, 2, 5, 6]
+    pipe(STEPS, skip=4)
+    assert handle.report().num_steps == 6 and handle.report().computed_steps == [1, 2, 5, 6]
+    pipe()
+    assert handle.report().computed_steps == COMPUTED
+
+
+def test_runs_of_fewer_than_three_steps_are_left_alone(pipe):
+    plain = pipe(2)
+    handle = apply_adacache(pipe, CONFIG)
+    assert torch.equal(pipe(2), plain)
+    assert handle.report().steps == ()
+
+
+def test_another_scheduler_put_in_later(pipe):
+    handle, first = apply_adacache(pipe, CONFIG), pipe.scheduler
+    pipe()
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe()
+    assert handle.report().computed_steps == COMPUTED
+    assert not {"step", "set_timesteps"} & set(vars(first))
+    handle.remove()
+    assert not {"step", "set_timesteps"} & set(vars(pipe.scheduler))
+
+
+def test_the_scheduler_is_itself_while_watched_and_after(pipe):
+    scheduler = pipe.scheduler
+    before = {name: inspect.signature(getattr(scheduler, name)).parameters for name in ("step", "set_timesteps")}
+    handle = apply_adacache(pipe, CONFIG)
+    for name, parameters in before.items():
+        assert set(inspect.signature(getattr(scheduler, name)).parameters) >= set(parameters)
+    copied = copy.deepcopy(scheduler)
+    assert isinstance(copied.step, types.MethodType) and copied.step.__self__ is copied
+    generation = handle._clock._generation
+    copied.set_timesteps(4)
+    assert handle._clock._generation == generation, "a copy's steps are not this run's"
+    assert scheduler.timesteps.shape != copied.timesteps.shape
+    handle.remove()
+    assert not {"step", "set_timesteps"} & set(vars(scheduler))
+
+
+def test_no_timestep_is_read(pipe, monkeypatch):
+    apply_adacache(pipe, CONFIG)
+    monkeypatch.setattr("adacache_triton.clock._scalar", lambda t: pytest.fail("the timestep was read"))
+    pipe()
+
+
+def test_calls_outside_a_run_are_plain(pipe, transformer):
+    handle = apply_adacache(pipe, CONFIG)
+    pipe()
+    call = dict(hidden_states=torch.randn(1, 4, 4, 8, 8), timestep=torch.tensor([500]), return_dict=False)
+    text = torch.randn(1, 6, 16)
+    with torch.no_grad():
+        outside = [transformer(encoder_hidden_states=text, **call)[0] for _ in range(5)]
+        handle.remove()
+        assert all(torch.equal(x, transformer(encoder_hidden_states=text, **call)[0]) for x in outside)
+
+
+def test_a_loop_that_never_steps_is_computed_and_keeps_little(pipe, transformer):
+    """Calls that no `scheduler.step` separates could be guidance branches: nothing is reused on a guess."""
+    handle = apply_adacache(pipe, CONFIG)
+    pipe.scheduler.set_timesteps(STEPS)
+    call = dict(hidden_states=torch.randn(1, 4, 4, 8, 8), encoder_hidden_states=torch.randn(1, 6, 16))
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps.repeat(3):
+            transformer(timestep=t.expand(1), **call)
+    assert handle.report().computed_steps == [1]
+    assert len(handle._session.branches) == 8
+
+
+def test_a_branch_that_sat_out_steps_is_computed_when_it_returns(pipe, transformer):
+    """Guidance only at some steps: the returning half has no residual of the step that the other one reuses."""
+    handle = apply_adacache(pipe, CONFIG)
+    latents, texts, ran = torch.randn(1, 4, 4, 8, 8), torch.randn(2, 1, 6, 16), []
+    hook = transformer.blocks[0].register_forward_hook(lambda *_: ran.append(step))
+    pipe.scheduler.set_timesteps(STEPS)
+    with torch.no_grad():
+        for step, t in enumerate(pipe.scheduler.timesteps, start=1):
+            for text in texts[: 1 if step in (5, 6) else 2]:
+                out = transformer(latents, t.expand(1), encoder_hidden_states=text, return_dict=False)[0]
+            latents = pipe.scheduler.step(out, t, latents, return_dict=False)[0]
+    hook.remove()
+    # 5 is computed by one call; at 7 it reuses, and the other call, back again, computes.
+    assert [ran.count(step) for step in range(1, STEPS + 1)] == [2, 2, 0, 0, 1, 0, 1, 2, 2, 2]
+    assert [s.reason for s in handle.report().steps][4:8] == ["rate", "reused", "restart", "rate"]
+
+
+def refused(*args, **kwargs) -> str:
+    with pytest.raises((TypeError, ValueError)) as error:
+        apply_adacache(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_arguments_are_named_and_leave_nothing(pipe, transformer):
+    before = set(vars(transformer))
+    assert refused(pipe, "fast").startswith("config: expected an AdaCacheConfig, got 'fast'")
+    assert refused(object(), CONFIG).startswith("pipeline_or_transformer: expected a transformer, or a pipeline")
+    assert refused(torch.nn.Linear(1, 1), CONFIG).startswith("transformer: expected a known class (")
+    assert refused(transformer, CONFIG).startswith("config.num_steps: expected the number of steps for a bare")
+    bare = AdaCacheConfig(CONFIG.codebook, num_steps=STEPS)
+    assert refused(transformer, bare, calls_per_step=0).startswith("calls_per_step: expected an integer >= 1, got 0")
+    far = AdaCacheConfig(CONFIG.codebook, probe_block=3)
+    assert refused(pipe, far) == "probe_block: expected an index into 3 blocks, got 3"
+    assert set(vars(transformer)) == before and "step" not in vars(pipe.scheduler)
+    apply_adacache(pipe, CONFIG)
+    assert "is cached already; remove() that handle first" in refused(pipe, CONFIG)
+
+
+def test_another_cache_is_refused(pipe, transformer):
+    from diffusers import FirstBlockCacheConfig
+
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    try:
+        assert refused(pipe, CONFIG) == "transformer: another cache is enabled; call its disable_cache() first"
+    finally:
+        transformer.disable_cache()
