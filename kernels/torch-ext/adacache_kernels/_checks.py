@@ -1,0 +1,56 @@
+"""What may be wrong with an argument, in one line: operation, argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(op: str, name: str, tensor) -> None:
+    """A floating tensor with elements, of which nobody expects a gradient."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} is of type {type(tensor).__name__}, expected torch.Tensor")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected float32, bfloat16 or float16")
+    if tensor.numel() == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected at least one element")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} requires grad and has no backward here, expected torch.no_grad()")
+
+
+def check_alike(op: str, name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Equal shapes on one device; dtypes and strides may differ."""
+    if tensor.shape != other.shape:
+        shape, expected = tuple(tensor.shape), tuple(other.shape)
+        raise ValueError(f"{op}: {name} has shape {shape}, {other_name} has {expected}; they must be equal")
+    if tensor.device != other.device:
+        device, expected = tensor.device, other.device
+        raise ValueError(f"{op}: {name} is on {device}, {other_name} is on {expected}; they must be equal")
+
+
+def check_written(op: str, name: str, tensor: torch.Tensor) -> None:
+    """No two indices of a tensor that is written may share an element."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            strides = tensor.stride()
+            raise ValueError(
+                f"{op}: {name} has strides {strides} and is written, expected elements that do not overlap"
+            )
+        reach += stride * (size - 1)
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the address ranges of two views meet; views that interleave in one storage count as well."""
+
+    def last(view):
+        reach = sum(stride * (size - 1) for stride, size in zip(view.stride(), view.shape, strict=True))
+        return view.data_ptr() + reach * view.element_size()
+
+    return a.data_ptr() <= last(b) and b.data_ptr() <= last(a)
+
+
+def same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are the same elements of memory, index by index."""
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
