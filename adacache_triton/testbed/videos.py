@@ -1,7 +1,7 @@
 """Procedural training videos: six classes, from a still disc to a fast random texture.
 
 Every class is drawn analytically (signed distances and plane waves), so a batch costs next to nothing and
-depends on nothing but its generator. The classes are ordered by how much a frame differs from the next.
+depends on nothing but its generator. The three in the middle of the list move about equally.
 """
 
 from __future__ import annotations
