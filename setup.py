@@ -11,7 +11,5 @@ setup(
         *(f"adacache_triton.kernels.{name}" for name in find_packages(KERNELS)),
     ],
     package_dir={"adacache_triton.kernels": KERNELS},
-    package_data={
-        "adacache_triton.testbed": [f"weights/**/*.{ending}" for ending in ("json", "safetensors", "md")]
-    },
+    package_data={"adacache_triton.testbed": [f"weights/**/*.{ending}" for ending in ("json", "safetensors", "md")]},
 )

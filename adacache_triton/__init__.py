@@ -1,7 +1,7 @@
-"""Adaptive caching for video diffusion transformers, with Triton kernels.
+"""Adaptive caching for video diffusion transformers, with Triton kernels::
 
-    from adacache_triton import AdaCacheConfig, apply_adacache
-    handle = apply_adacache(pipe, AdaCacheConfig.official("open-sora-100"))
+from adacache_triton import AdaCacheConfig, apply_adacache
+handle = apply_adacache(pipe, AdaCacheConfig.official("open-sora-100"))
 """
 
 from ._version import __version__

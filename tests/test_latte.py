@@ -281,9 +281,12 @@ def test_only_one_host_read_at_a_computed_step_and_none_at_a_reused_one(model, c
     handle, reads = cached(), []
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda self, *a, _real=real, _name=name, **k: reads.append(_name) or _real(self, *a, **k)
-        )
+
+        def read(self, *args, _real=real, _name=name, **kwargs):
+            reads.append(_name)
+            return _real(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
     counts, call = [], inputs()
     with torch.no_grad(), handle.run():
         for step in range(1, STEPS + 1):

@@ -28,8 +28,7 @@ def stack_of(model: nn.Module) -> BlockStack:
             return _STACKS[kind.__name__]
     known = ", ".join(sorted(_STACKS))
     raise TypeError(
-        f"transformer: expected a known class ({known}) or a BlockStack that describes it, "
-        f"got {type(model).__name__}"
+        f"transformer: expected a known class ({known}) or a BlockStack that describes it, got {type(model).__name__}"
     )
 
 

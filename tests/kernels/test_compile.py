@@ -62,9 +62,7 @@ CASES = {
     "reuse, frame range": reuse(empty(2, 3600, 15, 1152)[:, :, 4:8], empty(2, 3600, 15, 1152)[:, :, 8:12]),
 }
 # With 64, eight programs of 128 threads fit a multiprocessor's registers; with 32, all that it has slots for.
-REGISTERS = {case: 64 if case.startswith("stats") else 32 for case in CASES} | {
-    "stats, two frame strides": 112
-}
+REGISTERS = {case: 64 if case.startswith("stats") else 32 for case in CASES} | {"stats, two frame strides": 112}
 
 
 class Recorder:
@@ -114,9 +112,7 @@ def test_nvidia(case, chip, tmp_path):
     cubin.write_bytes(compiled.asm["cubin"])
 
     def tool(name, *options):
-        return subprocess.run(
-            [TOOLS / name, *options, cubin], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([TOOLS / name, *options, cubin], capture_output=True, text=True, check=True).stdout
 
     usage = tool("cuobjdump", "-res-usage")
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))

@@ -51,9 +51,7 @@ def check(sums, new, old, frame_strides):
 
 @repeatable
 @given(shapes, strides, layouts, layouts, dtypes, dtypes, st.booleans(), seeds, launches)
-def test_sums_match_float64(
-    shape, frame_strides, new_layout, old_layout, dtype, old_dtype, keep, seed, launch
-):
+def test_sums_match_float64(shape, frame_strides, new_layout, old_layout, dtype, old_dtype, keep, seed, launch):
     new = guarded(normal(shape, seed), new_layout, dtype)
     old = guarded(normal(shape, seed + 1), old_layout, old_dtype) if keep else None
     with poisoned(), patch.object(MODULE, "launch_for", return_value=launch):
@@ -137,9 +135,7 @@ def test_launches_cover_the_tensor_and_fill_a_chip(batch, frames, plane, itemsiz
     tiles, spans = -(-plane // launch.block), -(-frames // launch.span)
     assert launch.block in (4096 // itemsize, 2048 // itemsize)
     assert 1 <= launch.span <= frames
-    assert (
-        launch.span == 1 or batch * tiles * spans >= MODULE.FILL / 2
-    )  # spans are whole frames, so not quite FILL
+    assert launch.span == 1 or batch * tiles * spans >= MODULE.FILL / 2  # spans are whole frames, so not quite FILL
     assert launch.span == frames or batch * tiles < MODULE.FILL  # no cut where tiles alone fill the chip
 
 

@@ -35,9 +35,7 @@ def golden(hidden, residual):
 
 @repeatable
 @given(shapes, layouts, layouts, layouts, dtypes, dtypes, seeds, launches)
-def test_sums_are_exact(
-    shape, hidden_layout, residual_layout, out_layout, dtype, residual_dtype, seed, launch
-):
+def test_sums_are_exact(shape, hidden_layout, residual_layout, out_layout, dtype, residual_dtype, seed, launch):
     hidden = guarded(normal(shape, seed), hidden_layout, dtype)
     residual = guarded(normal(shape, seed + 1), residual_layout, residual_dtype)
     out = guarded(torch.full(shape, torch.nan, device=DEVICE), out_layout, dtype)
@@ -94,9 +92,7 @@ def test_what_is_not_finite_stays():
     hidden = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 65504.0], device=DEVICE).half()
     residual = torch.tensor([1.0, 1.0, torch.inf, torch.nan, 65504.0], device=DEVICE)
     expected = golden(hidden, residual).half()
-    torch.testing.assert_close(
-        reuse(hidden, residual, backend=BACKEND), expected, rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(reuse(hidden, residual, backend=BACKEND), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape, strides", [((3, 8), (2**30, 1)), ((3, 2, 8), (2**30, 16, 1))])

@@ -136,9 +136,7 @@ def reuse(
         check_written(op, "out", out)
         for name, tensor in (("hidden", hidden), ("residual", residual)):
             if overlap(out, tensor) and not same_view(out, tensor):
-                raise ValueError(
-                    f"{op}: out overlaps {name} in memory, expected {name} itself or apart from it"
-                )
+                raise ValueError(f"{op}: out overlaps {name} in memory, expected {name} itself or apart from it")
     if pick_backend(op, backend, hidden, _reuse_kernel) == "torch":
         return reference.reuse(hidden, residual, out=out)
     return _launch(hidden, residual, torch.empty_like(hidden) if out is None else out)
