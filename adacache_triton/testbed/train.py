@@ -2,7 +2,8 @@
 
 Rectified flow on the procedural videos of `videos.py`: x_t = (1 - t) x_0 + t eps, the model predicts
 v = eps - x_0 (Liu et al., arXiv 2209.03003). Times are drawn where a redundant 8-frame video is decided, near
-the noise end (logit-normal, shifted as in Esser et al., arXiv 2403.03206); the sampler's steps are even. Muon on the block matrices, AdamW on the rest, constant rate and a linear decay, weights averaged.
+the noise end (logit-normal, shifted as in Esser et al., arXiv 2403.03206); the sampler's steps are even. Muon on
+the block matrices, AdamW on the rest, constant rate and a linear decay, weights averaged.
 Every step's data depends on (seed, rank, step) alone, so an interrupted run resumes where it was.
 """
 
@@ -207,15 +208,16 @@ CARD = """\
 # The embedded model
 
 A `LatteTransformer3DModel` of diffusers with {parameters:.2f} million parameters (4 spatial and 4 temporal blocks of
-width 128), a rectified flow in pixel space: {frames} frames of {size} x {size} RGB, 4 x 4 pixels a token. It is conditioned
-by a one-hot caption through cross-attention on one of the classes {classes}; all zeros is the
+width 128), a rectified flow in pixel space: {frames} frames of {size} x {size} RGB, 4 x 4 pixels a token. A one-hot
+caption says through cross-attention which class is wanted ({classes}); all zeros is the
 unconditional caption. It is here to show and to test caching on a model that was really trained, and for nothing else.
 
 - **Data**: videos drawn on the fly by `videos.py`, without end and without copyright: a still disc, a drifting square,
   a bouncing ball, a spinning bar, two crossing balls, a moving random texture.
 - **Training**: {minutes:.0f} minutes on {workers} CPU cores, torch {torch}, diffusers
   {diffusers}; class dropout 10 %, averaged weights, stored in half precision. To train it again:
-  `python -m adacache_triton.testbed.train --steps {steps} --batch {batch} --lr {lr} --seed {seed} --workers {workers} --out DIR`
+  `python -m adacache_triton.testbed.train --out DIR --steps {steps} --batch {batch} --lr {lr} --seed {seed}
+  --workers {workers}`
 - **Loss**: {loss:.4f}, mean squared velocity error at the training times, running mean over the last steps.
 - **Sampling**: 50 Euler steps, even in time, guidance scale 2 in one batch [uncond, cond].
 - **Licence**: Apache-2.0, as the package.
