@@ -48,6 +48,23 @@ class Branch:
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
 
+class Readback:
+    """A few numbers on their way to the host: sent when they are queued on the device, waited for when read."""
+
+    def __init__(self, numbers: Tensor):
+        self._host, self._arrived = numbers, None
+        if numbers.is_cuda:
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(numbers.device))
+
+    def tolist(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
 class Session:
     """The state of the run in progress, or of the last one.
 
@@ -62,7 +79,8 @@ class Session:
         self.kept_bytes = 0  # the most that this run kept at a time
         self._generation = 0
         self._compared = 0  # the computed step before the one begun last
-        self._pending: list[Tensor] = []  # a row of sums for each branch measured at the last computed step
+        self._sums: Tensor | None = None  # what this forward's probe measured
+        self._pending: list[Readback] = []  # the sums of each branch measured at the last computed step
 
     def begin(self, arguments: Mapping[str, Any]) -> Mode:
         """Start a forward: find its run, step and branch, and say what it does."""
@@ -97,8 +115,7 @@ class Session:
         """Measure the probe's residual [B, T, S, C] of a computed step against the kept one, and keep it."""
         if self.branch.probe_residual is not None:
             strides = self.config.motion.frame_strides if self.config.motion else ()
-            sums = residual_stats(residual, self.branch.probe_residual, frame_strides=strides)
-            self._pending.append(sums.sum(0))
+            self._sums = residual_stats(residual, self.branch.probe_residual, frame_strides=strides).sum(0)
         self.branch.probe_residual = residual
 
     def keep(self, residual: Tensor) -> None:
@@ -106,9 +123,11 @@ class Session:
         branch, schedule = self.branch, self.schedule
         branch.stack_residual, branch.computed = residual, schedule.computed
         self.kept_bytes = max(self.kept_bytes, sum(b.nbytes for b in self.branches.values()))
-        if self._pending:
+        if self._sums is not None:
             # 0, or NaN where any value is not finite: a broken residual breaks the distance, and rate 1 follows.
-            self._pending[-1] = self._pending[-1] + residual.sum(dtype=torch.float32) * 0
+            check = residual.sum(dtype=torch.float32) * 0
+            self._pending.append(Readback(self._sums + check))
+            self._sums = None
         if schedule.steps[-1].step == schedule.num_steps:
             branch.stack_residual = branch.probe_residual = None  # the run is over
 
@@ -121,11 +140,12 @@ class Session:
         return schedule.steps
 
     def _settle(self, schedule: Schedule) -> None:
-        """Decide on what the last computed step measured, all branches together: the one read from the device."""
+        """Decide on what the last computed step measured, all branches together."""
         if self._pending and schedule.steps[-1].reason != "restart":
-            schedule.decide(torch.stack(self._pending).sum(0).tolist())
+            rows = [readback.tolist() for readback in self._pending]
+            schedule.decide([sum(column) for column in zip(*rows)])
 
     def forget(self) -> None:
         """Drop all that is kept: the next forward computes. The records stay until the next run."""
         self.branches.clear()
-        self.branch, self._pending = None, []
+        self.branch, self._sums, self._pending = None, None, []

@@ -64,10 +64,11 @@ def test_a_reused_step_never_waits_for_the_device():
     handle = apply_adacache(model, AdaCacheConfig(Codebook((1e6,), (4, 1)), num_steps=12))
     with handle.run():
         for step, timestep in enumerate(timesteps, start=1):
-            # After step 2 the rate is 4: its decision is read when 3 begins, and 4 and 5 read nothing.
-            torch.cuda.set_sync_debug_mode("error" if step in (4, 5, 8, 9) else "default")
+            # After steps 2 and 6 the rate is 4.
+            torch.cuda.set_sync_debug_mode("error" if step in (3, 4, 5, 7, 8, 9) else "default")
             try:
                 model(x, timestep, y)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     handle.remove()
+    assert handle.report().computed_steps == [1, 2, 6, 10, 11, 12]

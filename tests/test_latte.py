@@ -293,6 +293,6 @@ def test_only_one_host_read_at_a_computed_step_and_none_at_a_reused_one(model, c
             reads.clear()
             model(timestep=torch.tensor([1000 - step] * 2), **call)
             counts.append(list(reads))
-    # A decision is read when the step after the computed one begins.
+    # A decision is sent to the host at the computed step and waited for when the next step begins.
     after = [step for step in range(3, STEPS + 1) if step - 1 not in REUSED]
     assert counts == [["tolist"] if step in after else [] for step in range(1, STEPS + 1)]
