@@ -28,6 +28,9 @@ class AdaCacheHandle:
         self._removed: Report | None = None  # the last report of a handle that was removed
         setattr(transformer, _MARK, self)
 
+    def __reduce__(self):
+        return type(None), ()  # a copied or pickled transformer is not cached
+
     def report(self) -> Report:
         """What the run in progress, or the last one, did so far. Reads measured values from the device."""
         if self._removed is not None:
@@ -108,7 +111,7 @@ def apply_adacache(
             "pipeline_or_transformer: expected a transformer, or a pipeline with `transformer` and `scheduler`, "
             f"got {got}"
         )
-    if hasattr(transformer, _MARK):
+    if getattr(transformer, _MARK, None) is not None:
         raise ValueError(f"transformer: {type(transformer).__name__} is cached already; remove() that handle first")
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("transformer: another cache is enabled; call its disable_cache() first")

@@ -255,8 +255,10 @@ def _variants(args: argparse.Namespace) -> tuple[str, dict[str, AdaCacheConfig |
     variants = {UNCACHED: None, ADACACHE: AdaCacheConfig(codebook)}
     if name in OFFICIAL and not args.codebook:
         notes.append(f"thresholds published for Open-Sora with {preset.steps} steps")
-    elif args.model is not None and not args.codebook:
-        notes.append(f"thresholds chosen for the embedded model with {preset.steps} steps")
+    elif not args.codebook:
+        source = OFFICIAL["open-sora-100"].codebook
+        factor = codebook.thresholds[0] / source.thresholds[0]
+        notes.append(f"thresholds of open-sora-100 x {factor:g}, where the embedded model's distances lie")
     if args.moreg is not None:
         motion = preset.motion.rescaled(preset.steps, args.steps)
         if "window" not in args.moreg and args.steps != preset.steps:

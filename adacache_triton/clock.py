@@ -6,7 +6,6 @@ older one, finished or not, is never used in a newer one.
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,9 +80,9 @@ class _Watched:
         self._tell()
         return result
 
-    def __deepcopy__(self, memo):
-        copied = memo[id(self._scheduler())]  # deepcopy registers the owner before its attributes
-        return types.MethodType(self.__wrapped__, copied)
+    def __reduce__(self):
+        # Copying and pickling reach the owner first, so this is the plain method of the owner's copy.
+        return getattr, (self._scheduler(), self._name)
 
 
 class TimestepClock:

@@ -17,12 +17,18 @@ from .stack import Located
 
 
 class StackHook:
-    """Caches one transformer. Everything it puts on the model goes away with `remove`."""
+    """Caches one transformer. Everything it puts on the model goes away with `remove`.
+
+    A copy or a pickle of the transformer is uncached: the hooks that came along have no session.
+    """
+
+    session: Session | None = None
+    _mode = Mode.PLAIN
+    _bypassed: list[tuple[nn.Module, str, nn.ModuleList]] = []
 
     def __init__(self, model: nn.Module, located: Located, session: Session):
         self.located, self.stack, self.session = located, located.stack, session
-        self._mode = Mode.PLAIN
-        self._bypassed: list[tuple[nn.Module, str, nn.ModuleList]] = []
+        self._bypassed = []
         self._entry: Tensor | None = None  # the stack's input
         self._probed: Tensor | None = None  # the probe block's input
         self._batch = self._frames = 0
@@ -37,6 +43,9 @@ class StackHook:
             model.register_forward_hook(self._end, always_call=True),
         ]
 
+    def __reduce__(self):
+        return object.__new__, (StackHook,)
+
     def remove(self) -> None:
         self._restore()
         for handle in self._handles:
@@ -46,6 +55,8 @@ class StackHook:
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._restore()  # an interrupt inside a reused forward runs no hook
         self._mode = Mode.PLAIN
+        if self.session is None:
+            return
         if torch.is_grad_enabled():
             # A kept residual would hold on to its graph, and a reused one has none.
             if not self._warned:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import types
 
 import pytest
@@ -127,6 +128,19 @@ def test_the_scheduler_is_itself_while_watched_and_after(pipe):
     assert scheduler.timesteps.shape != copied.timesteps.shape
     handle.remove()
     assert not {"step", "set_timesteps"} & set(vars(scheduler))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_is_uncached_and_independent(pipe, duplicate):
+    plain = pipe()
+    handle = apply_adacache(pipe, CONFIG)
+    cached = pipe()
+    copied = duplicate(pipe)
+    assert torch.equal(copied(), plain) and torch.equal(pipe(), cached)
+    other = apply_adacache(copied, AdaCacheConfig(Codebook((1e6,), (2, 1))))
+    copied()
+    assert torch.equal(pipe(), cached)
+    assert handle.report().computed_steps == COMPUTED and other.report().computed_steps == [1, 2, 4, 6, 8, 9, 10]
 
 
 def test_no_timestep_is_read(pipe, monkeypatch):
