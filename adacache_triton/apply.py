@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 
 from torch import nn
@@ -22,7 +23,8 @@ class AdaCacheHandle:
     """A cached transformer: what it did, and the way back."""
 
     def __init__(self, transformer: nn.Module, config: AdaCacheConfig, located: Located, clock):
-        self.config, self._transformer, self._clock = config, transformer, clock
+        self.config, self._clock = config, clock
+        self._transformer = weakref.ref(transformer)
         self._session = Session(config, clock)
         self._hook = StackHook(transformer, located, self._session)
         self._removed: Report | None = None  # the last report of a handle that was removed
@@ -46,8 +48,9 @@ class AdaCacheHandle:
         return schedule.steps[-1] if schedule and schedule.steps else None
 
     def reset(self) -> None:
-        """Drop what is kept: the next forward is the first step of a new run."""
+        """Drop what is kept: the next forward is computed, as the first of a new run."""
         self._clock.restart()
+        self._session.settle()
         self._session.forget()
 
     @contextmanager
@@ -58,6 +61,8 @@ class AdaCacheHandle:
         """
         if not isinstance(self._clock, TimestepClock):
             raise TypeError("run: expected a handle of a bare transformer; a pipeline tells its steps itself")
+        if self._clock.counting:
+            raise RuntimeError("run: expected no run in progress; leave its `with` block first")
         self.reset()
         self._clock.counting = True
         try:
@@ -68,9 +73,11 @@ class AdaCacheHandle:
 
     def remove(self) -> None:
         """Take every hook off: model and scheduler are as they were. A second call does nothing."""
-        if getattr(self._transformer, _MARK, None) is self:
+        transformer = self._transformer()
+        if self._removed is None:
             self._removed = self.report()
-            delattr(self._transformer, _MARK)
+            if transformer is not None:
+                delattr(transformer, _MARK)
             self._hook.remove()
             self._clock.stop()
             self._session.forget()
@@ -105,7 +112,8 @@ def apply_adacache(
         raise ValueError(f"calls_per_step: expected an integer >= 1, got {calls_per_step!r}")
     pipeline = None if isinstance(pipeline_or_transformer, nn.Module) else pipeline_or_transformer
     transformer = pipeline_or_transformer if pipeline is None else getattr(pipeline, "transformer", None)
-    if not isinstance(transformer, nn.Module) or (pipeline is not None and not hasattr(pipeline, "scheduler")):
+    scheduled = pipeline is None or getattr(pipeline, "scheduler", None) is not None
+    if not isinstance(transformer, nn.Module) or not scheduled:
         got = type(pipeline_or_transformer).__name__
         raise TypeError(
             "pipeline_or_transformer: expected a transformer, or a pipeline with `transformer` and `scheduler`, "
@@ -117,6 +125,9 @@ def apply_adacache(
         raise ValueError("transformer: another cache is enabled; call its disable_cache() first")
     stack = stack or stack_of(transformer)
     located = Located(transformer, stack, config.probe_block)
+    if pipeline is not None and config.num_steps is not None:
+        expected = "expected None for a pipeline, which says how many steps a run has"
+        raise ValueError(f"config.num_steps: {expected}, got {config.num_steps}")
     if pipeline is not None:
         clock = PipelineClock(pipeline)
     elif config.num_steps is None:

@@ -1,4 +1,4 @@
-"""Which generation and which denoising step a forward belongs to: two clocks with one method.
+"""Which generation and which denoising step a forward belongs to: two clocks with the same methods.
 
 `read(arguments)` returns a `Moment`. A generation is one run of the denoising loop; whatever is left of an
 older one, finished or not, is never used in a newer one.
@@ -25,7 +25,7 @@ class Moment:
 class PipelineClock:
     """Follows a pipeline's scheduler: `set_timesteps` starts a generation, `step` ends a denoising step.
 
-    Nothing is read from the device, and two calls in one step are two guidance branches without guessing.
+    No timestep is read, so nothing waits for the device.
     """
 
     def __init__(self, pipeline):
@@ -37,66 +37,96 @@ class PipelineClock:
     def _watch(self, scheduler) -> None:
         self.stop()
         self._scheduler = scheduler
-        scheduler.set_timesteps = _Watched(scheduler, "set_timesteps", self.restart)
-        scheduler.step = _Watched(scheduler, "step", self._advance)
-        self.restart()
+        _Watched.on(scheduler, "set_timesteps").listeners.append(self._start)
+        _Watched.on(scheduler, "step").listeners.append(self._advance)
+        self._start()
 
-    def restart(self) -> None:
-        """The next forward is the first of a generation."""
-        self._generation += 1
+    def _start(self) -> None:
+        self.restart()
         self._step = self._call = 0
+        # Written by a pipeline when its loop begins; what an older run wrote must not count.
+        if getattr(self._pipeline(), "_num_timesteps", None) is not None:
+            self._pipeline()._num_timesteps = None
 
     def _advance(self) -> None:
         self._step += 1
         self._call = 0
+
+    def restart(self) -> None:
+        """The next forward begins a generation, at the step where the scheduler is."""
+        self._generation += 1
+
+    def abort(self) -> None:
+        """A forward raised. The scheduler says what comes next."""
 
     def read(self, arguments: Mapping[str, Any]) -> Moment:
         pipeline = self._pipeline()
         if pipeline is not None and pipeline.scheduler is not self._scheduler:
             self._watch(pipeline.scheduler)  # the user has put another one in
         self._call += 1
-        # Pipelines shorten the scheduler's list (image or video to video) and note the length that remains.
+        # A pipeline that shortens the scheduler's list (image or video to video) notes what remains, or, run by
+        # another pipeline of the same parts, tells the scheduler where it begins.
         steps = getattr(pipeline, "_num_timesteps", None)
         if not isinstance(steps, int):
-            steps = len(self._scheduler.timesteps)
+            steps = len(self._scheduler.timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
         return Moment(self._generation, self._step + 1, steps, self._call)
 
     def stop(self) -> None:
         """Leave the scheduler as it was."""
-        for name in ("set_timesteps", "step"):
-            if self._scheduler is not None and isinstance(vars(self._scheduler).get(name), _Watched):
-                delattr(self._scheduler, name)
+        if self._scheduler is not None:
+            _Watched.off(self._scheduler, "set_timesteps", self._start)
+            _Watched.off(self._scheduler, "step", self._advance)
 
 
 class _Watched:
-    """A scheduler's method that also tells the clock. A copy of the scheduler gets the plain method back."""
+    """A scheduler's method that also tells its listeners, of which every cached pipeline that shares it has one."""
 
-    def __init__(self, scheduler, name: str, tell):
-        self._scheduler, self._name, self._tell = weakref.ref(scheduler), name, tell
-        self.__wrapped__ = getattr(type(scheduler), name)  # pipelines inspect the signature
+    def __init__(self, scheduler, method: str):
+        self.owner, self.method = weakref.ref(scheduler), method
+        self.own = method in vars(scheduler)  # somebody had put another method on this scheduler already
+        self.__wrapped__ = getattr(scheduler, method)  # pipelines inspect the signature
+        self.listeners: list = []
 
     def __call__(self, *args, **kwargs):
-        result = self.__wrapped__(self._scheduler(), *args, **kwargs)
-        self._tell()
+        result = self.__wrapped__(*args, **kwargs)
+        for tell in self.listeners:
+            tell()
         return result
 
     def __reduce__(self):
         # Copying and pickling reach the owner first, so this is the plain method of the owner's copy.
-        return getattr, (self._scheduler(), self._name)
+        return getattr, (self.owner(), self.method)
+
+    @staticmethod
+    def on(scheduler, method: str) -> _Watched:
+        if not isinstance(vars(scheduler).get(method), _Watched):
+            setattr(scheduler, method, _Watched(scheduler, method))
+        return vars(scheduler)[method]
+
+    @staticmethod
+    def off(scheduler, method: str, tell) -> None:
+        watched = vars(scheduler).get(method)
+        if isinstance(watched, _Watched) and tell in watched.listeners:
+            watched.listeners.remove(tell)
+            if not watched.listeners and watched.own:
+                setattr(scheduler, method, watched.__wrapped__)
+            elif not watched.listeners:
+                delattr(scheduler, method)
 
 
 class TimestepClock:
     """For a bare transformer: the step is told by the timestep, or counted inside `counting`.
 
     A timestep that repeats is another call of the same step, as far as `calls_per_step` allows; one that goes
-    on in the run's direction is the next step; anything else starts a generation. Reading a timestep that
-    lies on a GPU waits for the GPU; a pipeline, or `counting`, avoids that.
+    on in the run's direction is the next step; any other starts a generation. So a run that was left between two
+    forwards and followed by one that begins further on cannot be told from one run: `counting` can, and it does
+    not read a timestep, which waits for the device where it lies on one.
     """
 
     def __init__(self, num_steps: int, calls_per_step: int, timestep: str):
-        self._num_steps, self._calls, self._name = num_steps, calls_per_step, timestep
+        self._num_steps, self._calls, self._timestep = num_steps, calls_per_step, timestep
         self._generation = 0
-        self.counting: bool = False
+        self.counting = False
         self.restart()
 
     def restart(self) -> None:
@@ -106,12 +136,18 @@ class TimestepClock:
         self._value: float | None = None
         self._direction = 0.0
 
+    def abort(self) -> None:
+        """A forward raised: whatever comes next is another run."""
+        self.restart()
+
     def read(self, arguments: Mapping[str, Any]) -> Moment:
         if self.counting:
             if self._call in (0, self._calls):
                 self._step, self._call = self._step + 1, 0
+        elif self._timestep not in arguments:
+            raise ValueError(f"{self._timestep}: expected among the arguments of a cached transformer, got none")
         else:
-            self._follow(_scalar(arguments[self._name]))
+            self._follow(_scalar(arguments[self._timestep]))
         self._call += 1
         return Moment(self._generation, self._step, self._num_steps, self._call)
 

@@ -8,20 +8,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 def _number(name: str, value, minimum: float, *, strict: bool = False, integer: bool = False):
-    """`value` if it is a finite number over the minimum, else an error that names it."""
+    """`value` as a plain number if it is finite and over the minimum, else an error that names it."""
     kind = "an integer" if integer else "a finite number"
     bound = f"{kind} {'>' if strict else '>='} {minimum:g}"
-    allowed = int if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if integer else numbers.Real):
         raise TypeError(f"{name}: expected {bound}, got {value!r}")
-    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+    number = int(value) if integer else _float(value)
+    if not math.isfinite(number) or number < minimum or (strict and number == minimum):
         raise ValueError(f"{name}: expected {bound}, got {value!r}")
-    return value
+    return number
+
+
+def _float(value) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _tuple(name: str, values) -> tuple:
@@ -57,7 +65,7 @@ class _Json:
     def from_json(cls, text: str):
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{cls.__name__}: not valid JSON: {error}") from None
         return cls.from_dict(data)
 
@@ -82,17 +90,15 @@ class Codebook(_Json):
 
     def __post_init__(self):
         thresholds, rates = _tuple("thresholds", self.thresholds), _tuple("rates", self.rates)
-        for value in thresholds:
-            _number("thresholds", value, 0, strict=True)
+        thresholds = tuple(_number("thresholds", value, 0, strict=True) for value in thresholds)
         for low, high in zip(thresholds, thresholds[1:]):
             if low >= high:
                 raise ValueError(f"thresholds: expected ascending values, got {high!r} after {low!r}")
-        for value in rates:
-            _number("rates", value, 1, integer=True)
+        rates = tuple(_number("rates", value, 1, integer=True) for value in rates)
         if len(rates) != len(thresholds) + 1:
             expected = f"{len(thresholds) + 1} values (one a threshold, one for larger distances)"
             raise ValueError(f"rates: expected {expected}, got {len(rates)}")
-        object.__setattr__(self, "thresholds", tuple(float(t) for t in thresholds))
+        object.__setattr__(self, "thresholds", thresholds)
         object.__setattr__(self, "rates", rates)
 
     def rate(self, distance: float) -> int:
@@ -120,7 +126,7 @@ class Codebook(_Json):
             raise ValueError(f"codebook: expected {expected}, got {text!r}") from None
 
     def __str__(self) -> str:
-        pairs = [f"{t:g}:{k}" for t, k in zip(self.thresholds, self.rates)]
+        pairs = [f"{t!r}:{k}" for t, k in zip(self.thresholds, self.rates)]
         return ",".join([*pairs, str(self.rates[-1])])
 
 
@@ -154,20 +160,18 @@ class MotionRegularization(_Json):
 
     def __post_init__(self):
         window, strides = _tuple("window", self.window), _tuple("frame_strides", self.frame_strides)
-        if len(window) != 2 or any(isinstance(s, bool) or not isinstance(s, int) for s in window):
+        if len(window) != 2:
             raise ValueError(f"window: expected two steps (first, last), got {self.window!r}")
+        window = tuple(_number("window", step, 0, integer=True) for step in window)
         if not 1 <= window[0] <= window[1]:
             raise ValueError(f"window: expected 1 <= first <= last, got {self.window!r}")
         if not strides or len(set(strides)) != len(strides):
             raise ValueError(f"frame_strides: expected distinct strides, at least one, got {self.frame_strides!r}")
-        for stride in strides:
-            _number("frame_strides", stride, 1, integer=True)
-        _number("scale", self.scale, 0, strict=True)
-        _number("power", self.power, 0)
-        _number("divisor", self.divisor, 0, strict=True)
-        _number("gradient_weight", self.gradient_weight, 0)
+        strides = tuple(_number("frame_strides", stride, 1, integer=True) for stride in strides)
         object.__setattr__(self, "window", window)
         object.__setattr__(self, "frame_strides", strides)
+        for name, strict in (("scale", True), ("power", False), ("divisor", True), ("gradient_weight", False)):
+            object.__setattr__(self, name, _number(name, getattr(self, name), 0, strict=strict))
 
     def scale_of(self, motion: float) -> float:
         """M for a motion score m inside the window; Inf where it overflows."""
@@ -191,8 +195,8 @@ class AdaCacheConfig(_Json):
     Args:
         codebook: from the residual's distance to the rate: the trade of speed against fidelity.
         motion: MoReg, or None. It spends more steps on lively videos and fewer on still ones.
-        num_steps: denoising steps of a run, at least 3. None takes it from the pipeline; needed when a bare
-            transformer is cached.
+        num_steps: denoising steps of a run, at least 3, where a bare transformer is cached. None for a pipeline,
+            which says so itself.
         probe_block: index of the block whose attention residual is measured, from 0 (negative: from the end).
             None is the middle one, as in the paper.
     """
@@ -208,7 +212,7 @@ class AdaCacheConfig(_Json):
         if self.motion is not None and not isinstance(self.motion, MotionRegularization):
             raise TypeError(f"motion: expected a MotionRegularization or None, got {self.motion!r}")
         if self.num_steps is not None:
-            _number("num_steps", self.num_steps, 3, integer=True)
+            object.__setattr__(self, "num_steps", _number("num_steps", self.num_steps, 3, integer=True))
         if self.probe_block is not None and (
             isinstance(self.probe_block, bool) or not isinstance(self.probe_block, int)
         ):
@@ -248,7 +252,7 @@ class Preset:
 
 
 def _known(argument: str, name: str, names) -> str:
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise ValueError(f"{argument}: expected one of {', '.join(names)}, got {name!r}")
     return name
 

@@ -19,7 +19,8 @@ class Step:
 
     Attributes:
         step: counted from 1.
-        reason: why it was computed (`first`, `rate`, `tail`, `restart`), or `reused`.
+        reason: why it was computed, or `reused`: `first` of the run, `rate` expired, one of the two at the `tail`,
+            or `restart`: planned as reused, but what was kept did not fit or was not there.
         previous_rate: k of the computed step before, None where nothing was compared.
         distance: relative L1 change of the probed residual a step, before motion regularisation.
         motion: the motion score m, None outside the window or without MoReg.
@@ -121,8 +122,9 @@ class Schedule:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    """Division as floats on a device divide: x / 0 is not finite, and then the next step is computed."""
-    return numerator / denominator if denominator else math.nan
+    """NaN unless both are finite and the ratio exists: then the next step is computed."""
+    finite = math.isfinite(numerator) and math.isfinite(denominator)
+    return numerator / denominator if finite and denominator else math.nan
 
 
 def _motion_score(sums: Sequence[float]) -> float | None:

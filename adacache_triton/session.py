@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -31,21 +32,46 @@ class Branch:
     """What is kept for one guidance branch, that is for one of the transformer's calls in a step.
 
     Attributes:
-        signature: shapes, dtypes and devices of the call's tensors; another signature is another video.
+        signature: shapes, dtypes, devices and plain values of the call's arguments; another signature is another
+            video.
+        conditions: the tensors besides the latents, as long as the pipeline keeps them: they tell branches apart.
         stack_residual: what the whole block stack added at step `computed`.
         probe_residual: the probe's attention residual of that step, [B, T, S, C].
         computed: the step that both are of; 0 before the first.
+        called: the step of the last call.
     """
 
     signature: tuple
+    conditions: tuple[weakref.ref, ...]
     stack_residual: Tensor | None = None
     probe_residual: Tensor | None = None
     computed: int = 0
+    called: int = 0
 
     @property
     def nbytes(self) -> int:
         kept = (self.stack_residual, self.probe_residual)
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
+
+    def condition(self, tensors: tuple[Tensor, ...]) -> bool | None:
+        """Whether a call with these conditions is this branch; None where no tensor outlived its call."""
+        alive = [(old(), new) for old, new in zip(self.conditions, tensors) if old() is not None]
+        return all(old is new for old, new in alive) if alive else None
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a forward.
+
+    Attributes:
+        arguments: by name.
+        signature: see `Branch`.
+        conditions: the tensors besides the latents and the timestep.
+    """
+
+    arguments: Mapping[str, Any]
+    signature: tuple = field(repr=False)
+    conditions: tuple[Tensor, ...] = field(repr=False)
 
 
 class Readback:
@@ -74,20 +100,29 @@ class Session:
     def __init__(self, config: AdaCacheConfig, clock):
         self.config, self.clock = config, clock
         self.schedule: Schedule | None = None
-        self.branches: dict[int, Branch] = {}
+        self.branches: list[Branch] = []  # in the order of their calls
         self.branch: Branch | None = None
         self.kept_bytes = 0  # the most that this run kept at a time
         self._generation = 0
-        self._compared = 0  # the computed step before the one begun last
-        self._sums: Tensor | None = None  # what this forward's probe measured
-        self._pending: list[Readback] = []  # the sums of each branch measured at the last computed step
+        self._forget_measured()
 
-    def begin(self, arguments: Mapping[str, Any]) -> Mode:
+    def _forget_measured(self) -> None:
+        self._sums: Tensor | None = None  # measured by this forward's probe
+        self._total: Tensor | None = None  # over the branches of the last computed step
+        self._measured = False  # whether any of them had something to compare
+        self._readback: Readback | None = None  # of the total
+
+    @property
+    def over(self) -> bool:
+        """Whether the step begun last is the last of the run: nothing is kept from then on."""
+        return self.schedule.steps[-1].step == self.schedule.num_steps
+
+    def begin(self, call: Call) -> Mode:
         """Start a forward: find its run, step and branch, and say what it does."""
-        moment = self.clock.read(arguments)
+        moment = self.clock.read(call.arguments)
         if moment.generation != self._generation:
             self.forget()
-            self._generation, self.kept_bytes, self._compared = moment.generation, 0, 0
+            self._generation, self.kept_bytes = moment.generation, 0
             # Of fewer than three steps all would be computed.
             self.schedule = Schedule(self.config, moment.num_steps) if moment.num_steps >= 3 else None
         if self.schedule is None or moment.step > moment.num_steps or moment.call > MAX_BRANCHES:
@@ -95,21 +130,35 @@ class Session:
         schedule = self.schedule
         if not schedule.steps or moment.step != schedule.steps[-1].step:
             self._settle(schedule)
-            self._pending = []
-            self._compared = schedule.computed
-            schedule.begin(moment.step)
-        signature = tuple((t.shape, t.dtype, t.device) for t in arguments.values() if isinstance(t, Tensor))
-        self.branch = self.branches.get(moment.call)
-        if self.branch is None or self.branch.signature != signature:
-            self.branch = self.branches[moment.call] = Branch(signature)
+            self._forget_measured()
+            before = schedule.computed
+            if schedule.begin(moment.step).computed:
+                # A branch that sat out the last computed step has nothing to compare with, or is gone for good.
+                self.branches = [b for b in self.branches if b.computed == before]
+        self.branch = self._find(call, moment)
+        self.branch.called = moment.step
         if not schedule.steps[-1].computed:
             if self.branch.stack_residual is not None and self.branch.computed == schedule.computed:
                 return Mode.REUSE
             schedule.restart()  # nothing is kept, or it is older than what the other branches reuse
-        self.branch.stack_residual = None  # free it before the blocks run
-        if self.branch.computed != self._compared:
             self.branch.probe_residual = None
+        self.branch.stack_residual = None  # free it before the blocks run
         return Mode.COMPUTE
+
+    def _find(self, call: Call, moment) -> Branch:
+        """The branch that a call belongs to: by the conditions that it shares, else by its place in the step."""
+        waiting = [b for b in self.branches if b.called != moment.step]
+        same = [b for b in waiting if b.condition(call.conditions)]
+        if not same and not any(b.condition(call.conditions) for b in self.branches):
+            place = moment.call - 1
+            same = [
+                b for b in self.branches[place : place + 1] if b in waiting and b.condition(call.conditions) is None
+            ]
+        if same and same[0].signature == call.signature:
+            return same[0]
+        branch = Branch(call.signature, tuple(map(weakref.ref, call.conditions)))
+        self.branches = [b for b in self.branches if b not in same[:1]] + [branch]
+        return branch
 
     def observe(self, residual: Tensor) -> None:
         """Measure the probe's residual [B, T, S, C] of a computed step against the kept one, and keep it."""
@@ -122,13 +171,14 @@ class Session:
         """Keep the stack residual of a computed step."""
         branch, schedule = self.branch, self.schedule
         branch.stack_residual, branch.computed = residual, schedule.computed
-        self.kept_bytes = max(self.kept_bytes, sum(b.nbytes for b in self.branches.values()))
-        if self._sums is not None:
-            # 0, or NaN where any value is not finite: a broken residual breaks the distance, and rate 1 follows.
-            check = residual.sum(dtype=torch.float32) * 0
-            self._pending.append(Readback(self._sums + check))
-            self._sums = None
-        if schedule.steps[-1].step == schedule.num_steps:
+        self.kept_bytes = max(self.kept_bytes, sum(b.nbytes for b in self.branches))
+        # 0, or NaN where any value is not finite: one broken residual breaks the distance, and rate 1 follows.
+        check = residual.sum(dtype=torch.float32) * 0
+        row = check if self._sums is None else self._sums + check
+        self._measured |= self._sums is not None
+        self._total = row if self._total is None else self._total + row
+        self._readback, self._sums = Readback(self._total), None
+        if self.over:
             branch.stack_residual = branch.probe_residual = None  # the run is over
 
     def steps(self) -> list[Step]:
@@ -139,13 +189,18 @@ class Session:
         self._settle(schedule)
         return schedule.steps
 
+    def settle(self) -> None:
+        """Put what was measured last into the records: the run ends here."""
+        if self.schedule is not None:
+            self._settle(self.schedule)
+            self._forget_measured()
+
     def _settle(self, schedule: Schedule) -> None:
         """Decide on what the last computed step measured, all branches together."""
-        if self._pending and schedule.steps[-1].reason != "restart":
-            rows = [readback.tolist() for readback in self._pending]
-            schedule.decide([sum(column) for column in zip(*rows)])
+        if self._measured and schedule.steps[-1].reason != "restart":
+            schedule.decide(self._readback.tolist())
 
     def forget(self) -> None:
         """Drop all that is kept: the next forward computes. The records stay until the next run."""
-        self.branches.clear()
-        self.branch, self._sums, self._pending = None, None, []
+        self.branches, self.branch = [], None
+        self._forget_measured()

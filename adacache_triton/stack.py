@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .session import Call
+
 LAYOUTS = ("b (t s) c", "(b t) s c", "(b s) t c")
 
 
@@ -21,7 +23,7 @@ class BlockStack:
     A reused step runs with the lists empty and adds the stack residual to the input of `exit`.
 
     Args:
-        lists: attribute paths of the block lists, in the order in which their first blocks run.
+        lists: attribute paths of all block lists of the stack. What lies between their blocks is skipped with them.
         exit: path of the module whose first argument is the output of the stack.
         probe_list: the list, one of `lists`, whose middle block is measured.
         probe_after: path, inside a block, of the module whose first argument is the stream after attention.
@@ -30,7 +32,8 @@ class BlockStack:
         frames: number of latent frames T after patching, from the model and the arguments of its forward.
         input: name of the forward's argument whose first dimension is the batch.
         timestep: name of the forward's timestep argument.
-        hidden: name of a block's argument that holds the stream, where it is passed by keyword.
+        hidden: name of the argument of a block, and of `probe_after`, that holds the stream, where it is passed by
+            keyword. `exit` gets it by position.
     """
 
     lists: tuple[str, ...]
@@ -50,6 +53,17 @@ class BlockStack:
             raise ValueError(f"BlockStack.probe_list: expected one of {self.lists}, got {self.probe_list!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"BlockStack.layout: expected one of {LAYOUTS}, got {self.layout!r}")
+
+    def call(self, arguments: Mapping[str, Any]) -> Call:
+        """A forward's arguments, told apart: what identifies the video, what the guidance branch."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        plain = {n: v for n, v in arguments.items() if isinstance(v, (bool, int, float, str)) and n != self.timestep}
+        signature = (
+            *((name, t.shape, t.dtype, t.device) for name, t in tensors.items()),
+            *plain.items(),
+        )
+        changing = (self.input, self.timestep)
+        return Call(arguments, signature, tuple(t for name, t in tensors.items() if name not in changing))
 
     def view(self, residual: Tensor, batch: int, frames: int) -> Tensor:
         """A block's tensor as a [B, T, S, C] view, without a copy."""
@@ -71,22 +85,19 @@ class BlockStack:
 
 
 class Located:
-    """A description resolved on one model: its modules. A wrong field fails here, by name."""
+    """A description resolved on one model: its modules. A field that does not fit fails here, by name."""
 
     def __init__(self, model: nn.Module, stack: BlockStack, probe_block: int | None):
         self.stack = stack
-        self.lists = [(*self._parent(model, "lists", path), path) for path in stack.lists]
-        blocks = {}
-        for parent, name, path in self.lists:
-            blocks[path] = getattr(parent, name)
-            if not isinstance(blocks[path], nn.ModuleList) or not len(blocks[path]):
-                kind = type(blocks[path]).__name__
+        self.lists = [self._module(model, "lists", path) for path in stack.lists]
+        for path, blocks in zip(stack.lists, self.lists):
+            if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+                kind = type(blocks).__name__
                 raise ValueError(f"BlockStack.lists: expected {path!r} to be a filled ModuleList, got {kind}")
-        probes = blocks[stack.probe_list]
+        probes = self.lists[stack.lists.index(stack.probe_list)]
         index = (len(probes) - 1) // 2 if probe_block is None else probe_block
         if not -len(probes) <= index < len(probes):
             raise ValueError(f"probe_block: expected an index into {len(probes)} blocks, got {index}")
-        self.entry = blocks[stack.lists[0]][0]
         self.exit = self._module(model, "exit", stack.exit)
         self.probe_block = probes[index]
         self.probe_after = self._module(self.probe_block, "probe_after", stack.probe_after)
@@ -106,13 +117,3 @@ class Located:
             return model.get_submodule(path)
         except AttributeError:
             raise ValueError(f"BlockStack.{field}: {type(model).__name__} has no module {path!r}") from None
-
-    @classmethod
-    def _parent(cls, model: nn.Module, field: str, path: str) -> tuple[nn.Module, str]:
-        cls._module(model, field, path)
-        parent, _, name = path.rpartition(".")
-        return model.get_submodule(parent), name
-
-    def arguments(self, model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-        """The arguments of a forward call by name."""
-        return self.signature.bind_partial(model, *args, **kwargs).arguments

@@ -46,6 +46,41 @@ def test_a_description_that_contradicts_itself(change, message):
     assert str(error.value).startswith(message)
 
 
+@torch.no_grad()
+def run(stack) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """A run on one input: the reasons of its steps, and the outputs of a computed and of a reused one."""
+    torch.manual_seed(0)
+    model, x, y = STDiT3(), torch.randn(1, 4, 2, 4, 4), torch.randn(1, 3, 32)
+    handle = apply_adacache(model, CONFIG, stack=stack)
+    with handle.run():
+        outputs = [model(x, torch.tensor([500]), y) for _ in range(4)]
+    return [s.reason for s in handle.report().steps], outputs[1], outputs[3]
+
+
+def test_the_order_of_the_lists_does_not_matter():
+    for lists in (STACK.lists, STACK.lists[::-1]):
+        reasons, computed, reused = run(dataclasses.replace(STACK, lists=lists))
+        assert reasons == ["first", "rate", "reused", "reused"]
+        torch.testing.assert_close(reused, computed, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exit": "x_embedder"}, "BlockStack.exit: 'x_embedder' did not run after the blocks, nothing is cached"),
+        (
+            {"probe_after": "cross_attn", "probe_list": "temporal_blocks", "exit": "t_block"},
+            "BlockStack.exit: 't_block'",
+        ),
+    ],
+)
+def test_what_only_a_run_can_show_is_said_once_and_nothing_is_reused(change, message):
+    with pytest.warns(UserWarning) as warned:
+        reasons, _, _ = run(dataclasses.replace(STACK, **change))
+    assert len(warned) == 1 and str(warned[0].message).startswith(f"AdaCache: {message}")
+    assert "reused" not in reasons
+
+
 def test_views_share_memory_and_put_frames_first():
     B, T, S, C = 2, 3, 4, 5
     truth = torch.arange(B * T * S * C).view(B, T, S, C)

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from adacache_triton import AdaCacheConfig, Codebook, MotionRegularization
@@ -25,9 +26,11 @@ BOOK = Codebook((0.1, 0.2), (3, 2, 1))
         (lambda: Codebook(0.1, (3, 2)), "thresholds: expected a list, got 0.1"),
         (lambda: Codebook.parse("0.1:3,x"), "codebook: expected threshold:rate pairs and a last rate, as in "),
         (lambda: Codebook.parse("0.2:3,0.1:2,1"), "thresholds: expected ascending values, got 0.1 after 0.2"),
+        (lambda: Codebook((10**400,), (3, 2)), "thresholds: expected a finite number > 0, got 1000"),
         (lambda: BOOK.scaled(0), "factor: expected a finite number > 0, got 0"),
         (lambda: MotionRegularization((5, 4)), "window: expected 1 <= first <= last, got (5, 4)"),
         (lambda: MotionRegularization((0, 4)), "window: expected 1 <= first <= last, got (0, 4)"),
+        (lambda: MotionRegularization((1, 4.0)), "window: expected an integer >= 0, got 4.0"),
         (lambda: MotionRegularization((1,)), "window: expected two steps (first, last), got (1,)"),
         (lambda: MotionRegularization((1, 4), ()), "frame_strides: expected distinct strides, at least one, got ()"),
         (lambda: MotionRegularization((1, 4), (0,)), "frame_strides: expected an integer >= 1, got 0"),
@@ -39,6 +42,8 @@ BOOK = Codebook((0.1, 0.2), (3, 2, 1))
         (lambda: AdaCacheConfig(BOOK, probe_block=0.5), "probe_block: expected an integer or None, got 0.5"),
         (lambda: AdaCacheConfig.official("embedded"), "preset: expected one of open-sora-100, open-sora-30-fast, "),
         (lambda: AdaCacheConfig.preset("fast"), "preset: expected one of "),
+        (lambda: AdaCacheConfig.official(["open-sora-100"]), "preset: expected one of open-sora-100, "),
+        (lambda: AdaCacheConfig.from_json(None), "AdaCacheConfig: not valid JSON: "),
         (lambda: AdaCacheConfig.from_json("{"), "AdaCacheConfig: not valid JSON: "),
         (lambda: AdaCacheConfig.from_json("[]"), "AdaCacheConfig: expected an object with named fields, got []"),
         (lambda: AdaCacheConfig.from_json("{}"), "AdaCacheConfig: field 'codebook' is missing"),
@@ -56,9 +61,16 @@ def test_rate_is_that_of_the_first_threshold_above():
     assert [AdaCacheConfig.official("open-sora-100").codebook.rate(d) for d in (math.nan, math.inf)] == [1, 1]
 
 
+def test_numbers_of_numpy_become_plain_ones():
+    book = Codebook([np.float32(0.5)], [np.int64(2), 1])
+    assert book == Codebook((0.5,), (2, 1)) and json.loads(book.to_json()) == {"thresholds": [0.5], "rates": [2, 1]}
+
+
 def test_codebooks_as_text():
     assert Codebook.parse("0.1:3, 0.2:2, 1") == BOOK == Codebook.parse(str(BOOK))
     assert Codebook.parse("4") == Codebook((), (4,))
+    third = Codebook((1 / 3,), (3, 1))
+    assert Codebook.parse(str(third)) == third
     assert BOOK.scaled(0.5) == Codebook((0.05, 0.1), (3, 2, 1))
 
 

@@ -1,6 +1,8 @@
 """diffusers' Latte under the cache: what a reused step is, what is kept, and what can never go wrong."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,15 +15,18 @@ CONFIG = AdaCacheConfig(Codebook((1e6,), (3, 1)), num_steps=STEPS)  # every comp
 REUSED = [3, 4, 6, 7, 9, 10]
 
 
+TINY = dict(
+    sample_size=8, num_layers=3, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=8,
+    in_channels=4, cross_attention_dim=24, out_channels=4, attention_bias=True, activation_fn="gelu-approximate",
+    num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+    video_length=4,
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return LatteTransformer3DModel(
-        sample_size=8, num_layers=3, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=8,
-        in_channels=4, cross_attention_dim=24, out_channels=4, attention_bias=True, activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
-        video_length=4,
-    ).eval()  # fmt: skip
+    return LatteTransformer3DModel(**TINY).eval()
 
 
 @pytest.fixture
@@ -84,13 +89,14 @@ def test_remove_leaves_no_trace(model, cached):
 
 def test_a_reused_step_on_the_same_input_gives_the_full_output(model, cached):
     """Nothing changed but the step: stack residual plus entry is the stack's output, to rounding."""
-    cached()
+    handle = cached()
     call, outputs = inputs(), []
     with torch.no_grad():
         for step in range(1, STEPS + 1):
             # The embedders see one timestep throughout; the clock is told that it is the next.
             outputs.append(model(timestep=torch.tensor([500, 500]), return_dict=False, **call)[0])
             pretend_last_timestep(model, 1000 - step)
+    assert not set(REUSED) & set(handle.report().computed_steps)
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)
 
@@ -124,11 +130,13 @@ def test_kept_memory_is_one_stack_and_one_probe_residual_a_branch(model, cached)
     one = 2 * 4 * 16 * 24 * 4  # B x T x S x C float32
     handle = cached()
     denoise(model, range(1, 5))
-    branches = handle._session.branches
-    assert len(branches) == 1 and branches[1].nbytes == 2 * one == handle.report().kept_bytes
+    assert len(handle._session.branches) == 1 and handle.report().kept_bytes == 2 * one
+    assert live(one // 4) == 2
     denoise(model)
-    assert sum(b.nbytes for b in branches.values()) == 0, "nothing is kept after the last step"
+    assert live(one // 4) == 0, "nothing is kept after the last step"
+    denoise(model, range(1, 5))
     handle.remove()
+    assert live(one // 4) == 0
 
     handle = cached(calls_per_step=2)
     with torch.no_grad():
@@ -136,7 +144,36 @@ def test_kept_memory_is_one_stack_and_one_probe_residual_a_branch(model, cached)
             for seed in (0, 1):
                 model(timestep=torch.tensor([1000 - step] * 2), **inputs(seed))
     assert len(handle._session.branches) == 2
-    assert handle.report().kept_bytes == 4 * one
+    assert handle.report().kept_bytes == 4 * one and live(one // 4) == 4
+
+
+def live(numel: int) -> int:
+    """Tensors of a size that anybody holds."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() == numel]
+    return len({x.data_ptr() for x in found})
+
+
+def test_the_stack_residual_is_freed_before_the_blocks_run(model, cached):
+    handle, seen = cached(), []
+    hook = model.transformer_blocks[0].register_forward_hook(
+        lambda *_: seen.append(handle._session.branch.stack_residual is None)
+    )
+    denoise(model)
+    hook.remove()
+    assert len(seen) == STEPS - len(REUSED) and all(seen)
+
+
+def test_a_dropped_model_is_freed_at_once():
+    model = LatteTransformer3DModel(**TINY)
+    apply_adacache(model, CONFIG)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_two_guidance_calls_decide_together(model, cached):
@@ -199,6 +236,55 @@ def test_a_run_inside_the_context_reads_no_timestep_and_ends_with_it(model, cach
             raise KeyError
         with handle.run():
             assert same(denoise(model), expected)
+            with pytest.raises(RuntimeError, match="run: expected no run in progress"), handle.run():
+                pass
+        assert handle.report().steps[-1].distance is not None, "the last decision is in the records"
+
+
+def test_exception_before_the_exit_of_a_reused_step(model, cached):
+    """The blocks are back at once, and going on with the same loop reuses nothing of before."""
+    handle = cached()
+    denoise(model, range(1, 3))
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = model.pos_embed.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        denoise(model, [3])
+    hook.remove()
+    assert type(model.transformer_blocks) is torch.nn.ModuleList and len(list(model.transformer_blocks)) == 3
+    denoise(model, [4, 5])
+    assert [s.reason for s in handle.report().steps] == ["first", "rate"]
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a forward", "between two calls"])
+def test_a_run_of_two_calls_a_step_after_one_that_ended_in_its_first_step(model, cached, inside):
+    config = AdaCacheConfig(Codebook((0.02, 0.04), (4, 2, 1)), num_steps=STEPS)
+    handle = cached(config, calls_per_step=2)
+
+    def run():
+        with torch.no_grad():
+            return [
+                model(timestep=torch.tensor([1000 - 50 * step] * 2), return_dict=False, **inputs(seed))[0]
+                for step in range(1, STEPS + 1)
+                for seed in (0, 1)
+            ]
+
+    expected, records = run(), handle.report().steps
+    if inside:
+        hook = model.norm_out.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            denoise(model, [1])
+        hook.remove()
+        got = run()
+    else:
+        with pytest.raises(KeyError), handle.run():  # what only `run` can tell
+            denoise(model, [1])
+            raise KeyError
+        with handle.run():
+            got = run()
+    assert same(got, expected) and handle.report().steps == records
 
 
 def test_interrupt_inside_a_reused_step_is_mended(model, cached):
@@ -209,10 +295,12 @@ def test_interrupt_inside_a_reused_step_is_mended(model, cached):
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    names = set(model.state_dict())
     hook = model.pos_embed.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         denoise(model, [3])
     hook.remove()
+    assert set(model.state_dict()) == names and sum(1 for _ in model.parameters()) > 100
     assert same(denoise(model), expected)
     denoise(model, range(1, 3))
     hook = model.pos_embed.register_forward_pre_hook(interrupt)
@@ -220,7 +308,7 @@ def test_interrupt_inside_a_reused_step_is_mended(model, cached):
         denoise(model, [3])
     hook.remove()
     handle.remove()
-    assert len(model.transformer_blocks) == 3
+    assert type(model.transformer_blocks) is torch.nn.ModuleList
 
 
 def test_changed_shape_is_computed(model, cached):
@@ -235,8 +323,8 @@ def test_changed_shape_is_computed(model, cached):
 def test_changed_dtype_is_computed(model, cached):
     handle = cached()
     denoise(model, range(1, 4))
-    model.double()
-    call = {k: v.double() for k, v in inputs().items()}
+    model.bfloat16()
+    call = {k: v.bfloat16() for k, v in inputs().items()}
     with torch.no_grad():
         model(timestep=torch.tensor([700, 700]), **call)
     model.float()
@@ -267,6 +355,61 @@ def test_broken_values_are_never_followed_by_a_reused_step(model, cached, where,
     assert not math.isfinite(steps[4].distance) and steps[4].rate == 1
 
 
+def test_a_broken_branch_that_measured_nothing_is_seen_too(model, cached):
+    """Two calls a step; the second changes its text, so that it has nothing to compare with, and breaks."""
+    handle, call = cached(calls_per_step=2), inputs()
+    other = inputs() | {"encoder_hidden_states": torch.full((2, 7, 8), math.nan)}
+    with torch.no_grad():
+        for step in range(1, 9):
+            for second in (False, True):
+                model(timestep=torch.tensor([1000 - step] * 2), **(other if second and step >= 5 else call))
+    assert [s.computed for s in handle.report().steps] == [True, True, False, False, True, True, True, True]
+
+
+def test_float64_passes_uncached_with_a_warning(model, cached):
+    handle = cached()
+    model.double()
+    try:
+        with torch.no_grad(), pytest.warns(UserWarning, match="the model runs in float64, nothing is cached"):
+            model(timestep=torch.tensor([900, 900]), **{k: v.double() for k, v in inputs().items()})
+    finally:
+        model.float()
+    assert handle.report().steps == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(model, cached, dtype):
+    model.to(dtype)
+    try:
+        call = {k: v.to(dtype) for k, v in inputs().items()}
+        plain, handle = None, cached(AdaCacheConfig(CONFIG.codebook, MotionRegularization((1, STEPS)), STEPS))
+        for step in range(1, 6):
+            with torch.no_grad():
+                output = model(timestep=torch.tensor([1000 - step] * 2), return_dict=False, **call)[0]
+            if step == 5:
+                handle.remove()
+                with torch.no_grad():
+                    plain = model(timestep=torch.tensor([1000 - step] * 2), return_dict=False, **call)[0]
+            elif step == 4:
+                kept = handle._session.branch
+                assert kept.stack_residual.dtype == kept.probe_residual.dtype == dtype
+        assert output.dtype == dtype and torch.isfinite(output).all()
+        torch.testing.assert_close(output, plain, rtol=0.1, atol=0.05)
+        assert any(not s.computed for s in handle.report().steps)
+    finally:
+        model.float()
+
+
+def test_the_middle_block_is_probed():
+    """Number 13 of 28, counted from 0."""
+    for layers, probed in ((4, 1), (5, 2), (1, 0)):
+        model = LatteTransformer3DModel(**TINY | {"num_layers": layers})
+        handle = apply_adacache(model, CONFIG)
+        hooked = [bool(block.norm2._forward_pre_hooks) for block in model.temporal_transformer_blocks]
+        assert hooked == [i == probed for i in range(layers)]
+        handle.remove()
+
+
 def test_gradients_pass_uncached_with_a_warning(model, cached):
     cached()
     call, t = inputs(), torch.tensor([900, 900])
@@ -277,8 +420,9 @@ def test_gradients_pass_uncached_with_a_warning(model, cached):
     assert first.requires_grad
 
 
-def test_only_one_host_read_at_a_computed_step_and_none_at_a_reused_one(model, cached, monkeypatch):
-    handle, reads = cached(), []
+@pytest.mark.parametrize("calls", [1, 2])
+def test_only_one_host_read_at_a_computed_step_and_none_at_a_reused_one(model, cached, monkeypatch, calls):
+    handle, reads = cached(calls_per_step=calls), []
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)
 
@@ -291,7 +435,8 @@ def test_only_one_host_read_at_a_computed_step_and_none_at_a_reused_one(model, c
     with torch.no_grad(), handle.run():
         for step in range(1, STEPS + 1):
             reads.clear()
-            model(timestep=torch.tensor([1000 - step] * 2), **call)
+            for _ in range(calls):
+                model(timestep=torch.tensor([1000 - step] * 2), **call)
             counts.append(list(reads))
     # A decision is sent to the host at the computed step and waited for when the next step begins.
     after = [step for step in range(3, STEPS + 1) if step - 1 not in REUSED]

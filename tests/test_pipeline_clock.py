@@ -186,7 +186,122 @@ def test_a_branch_that_sat_out_steps_is_computed_when_it_returns(pipe, transform
     hook.remove()
     # 5 is computed by one call; at 7 it reuses, and the other call, back again, computes.
     assert [ran.count(step) for step in range(1, STEPS + 1)] == [2, 2, 0, 0, 1, 0, 1, 2, 2, 2]
-    assert [s.reason for s in handle.report().steps][4:8] == ["rate", "reused", "restart", "rate"]
+    steps = handle.report().steps
+    assert [s.reason for s in steps][4:8] == ["rate", "reused", "restart", "rate"]
+    assert [s.distance is None for s in steps[6:9]] == [True, False, False], "the restart compares with nothing"
+    assert [s.previous_rate for s in steps[7:9]] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("calls", "blocks"),
+    [
+        # Guidance left out at steps 3 to 5: the one call that remains is the second of the others.
+        ({3: "c", 4: "c", 5: "c"}, [2, 2, 0, 0, 1]),
+        # Guidance by a perturbed pass over the same text takes the place of guidance by the empty text.
+        ({3: "cp", 4: "cp", 5: "cp"}, [2, 2, 1, 2, 0]),
+    ],
+    ids=["unguided", "perturbed"],
+)
+def test_branches_are_told_apart_by_what_conditions_them(pipe, transformer, calls, blocks):
+    """Which residual a call reuses follows from the text that the pipeline holds, not from counting calls."""
+    handle = apply_adacache(pipe, CONFIG)
+    latents, texts, ran = torch.randn(1, 4, 4, 8, 8), {"u": torch.randn(1, 6, 16), "c": torch.randn(1, 6, 16)}, []
+    texts["p"] = texts["c"]
+    kept = {}
+    hook = transformer.blocks[0].register_forward_hook(lambda *_: ran.append(step))
+    pipe.scheduler.set_timesteps(STEPS)
+    with torch.no_grad():
+        for step, t in enumerate(pipe.scheduler.timesteps, start=1):
+            for name in calls.get(step, "uc"):
+                before = len(ran)
+                transformer(latents, t.expand(1), encoder_hidden_states=texts[name], return_dict=False)
+                residual = handle._session.branch.stack_residual
+                if len(ran) > before:
+                    kept[name] = residual
+                else:
+                    assert residual is kept[name], f"step {step}: {name} reused another branch's residual"
+            pipe.scheduler.step(latents, t, latents)
+    hook.remove()
+    assert [ran.count(step) for step in range(1, 6)] == blocks
+
+
+def test_two_cached_pipelines_that_share_a_scheduler(pipe):
+    torch.manual_seed(1)
+    other = Loop(type(pipe.transformer).from_config(pipe.transformer.config).eval(), pipe.scheduler)
+    handles = [apply_adacache(p, CONFIG) for p in (pipe, other)]
+    for _ in range(2):
+        for p, handle in zip((pipe, other), handles):
+            p()
+            assert handle.report().computed_steps == COMPUTED
+    handles[0].remove()
+    other()
+    assert handles[1].report().computed_steps == COMPUTED
+    handles[1].remove()
+    assert not {"step", "set_timesteps"} & set(vars(pipe.scheduler))
+
+
+def test_a_scheduler_that_somebody_else_wrapped(pipe):
+    scheduler, called = pipe.scheduler, []
+    plain = scheduler.step
+
+    def mine(*args, **kwargs):
+        called.append(1)
+        return plain(*args, **kwargs)
+
+    scheduler.step = mine
+    handle = apply_adacache(pipe, CONFIG)
+    pipe()
+    handle.remove()
+    assert len(called) == STEPS and scheduler.step is mine
+
+
+def test_another_pipeline_runs_the_same_parts(pipe):
+    """Nobody notes the length of its shortened run where the cached pipeline would; the scheduler knows it."""
+    handle = apply_adacache(pipe, CONFIG)
+    pipe()
+    other = Loop(pipe.transformer, pipe.scheduler)
+    begin = pipe.scheduler.set_timesteps
+
+    def shortened(n):
+        begin(n)
+        pipe.scheduler.set_begin_index(4)
+
+    handle.remove()
+    pipe.scheduler.set_timesteps = shortened
+    handle = apply_adacache(pipe, CONFIG)
+    other(STEPS, skip=4)
+    assert handle.report().num_steps == 6 and handle.report().computed_steps == [1, 2, 5, 6]
+    handle.remove()
+    del pipe.scheduler.set_timesteps
+
+
+def test_reset_in_the_middle_keeps_the_tail(pipe, transformer):
+    handle = apply_adacache(pipe, CONFIG)
+    pipe.scheduler.set_timesteps(STEPS)
+    latents, text = torch.randn(1, 4, 4, 8, 8), torch.randn(1, 6, 16)
+    with torch.no_grad():
+        for step, t in enumerate(pipe.scheduler.timesteps, start=1):
+            if step == 4:
+                handle.reset()
+            transformer(latents, t.expand(1), encoder_hidden_states=text, return_dict=False)
+            pipe.scheduler.step(latents, t, latents)
+    assert handle.report().computed_steps == [4, 5, 8, 9, 10]
+
+
+@torch.no_grad()
+def test_half_precision_with_a_float32_exit(transformer):
+    """Wan hands its last layer float32; what is kept has the dtype of the stream."""
+    half = copy.deepcopy(transformer).to(torch.bfloat16)
+    handle = apply_adacache(half, AdaCacheConfig(CONFIG.codebook, num_steps=STEPS))
+    latents, text = torch.randn(1, 4, 4, 8, 8).bfloat16(), torch.randn(1, 6, 16).bfloat16()
+    with handle.run():
+        outputs = []
+        for _ in range(4):
+            outputs.append(half(latents, torch.tensor([500]), encoder_hidden_states=text, return_dict=False)[0])
+        branch = handle._session.branch
+        assert {branch.stack_residual.dtype, branch.probe_residual.dtype, outputs[-1].dtype} == {torch.bfloat16}
+    assert handle.report().computed_steps == [1, 2]
+    torch.testing.assert_close(outputs[3], outputs[0], rtol=0.02, atol=0.02)
 
 
 def refused(*args, **kwargs) -> str:
@@ -204,6 +319,8 @@ def test_bad_arguments_are_named_and_leave_nothing(pipe, transformer):
     assert refused(transformer, CONFIG).startswith("config.num_steps: expected the number of steps for a bare")
     bare = AdaCacheConfig(CONFIG.codebook, num_steps=STEPS)
     assert refused(transformer, bare, calls_per_step=0).startswith("calls_per_step: expected an integer >= 1, got 0")
+    assert refused(pipe, bare).startswith("config.num_steps: expected None for a pipeline, which says")
+    assert refused(Loop(transformer, None), CONFIG).startswith("pipeline_or_transformer: expected a transformer, or")
     far = AdaCacheConfig(CONFIG.codebook, probe_block=3)
     assert refused(pipe, far) == "probe_block: expected an index into 3 blocks, got 3"
     assert set(vars(transformer)) == before and "step" not in vars(pipe.scheduler)

@@ -98,10 +98,10 @@ def rounding(s, moreg: dict | None, scales: list[float]) -> float:
     return bound
 
 
-def test_some_bfloat16_trace_differs():
+def test_nine_bfloat16_traces_differ():
     """Otherwise the test above would never have looked at its reason."""
     differ = [t for t in by_dtype["bfloat16"] if [s.rate for s in replay(t)] != [r["rate"] for r in t["trace"]]]
-    assert 0 < len(differ) < len(by_dtype["bfloat16"]) / 2
+    assert (len(differ), len(by_dtype["bfloat16"]), len(by_dtype["float32"])) == (9, 45, 45)
 
 
 def run(schedule: Schedule, sums) -> list[int]:
@@ -123,7 +123,7 @@ def test_forced_steps():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_never_reused(bad):
     assert run(Schedule(CONFIG, 10), [bad, 1.0]) == list(range(1, 11))
-    assert run(Schedule(CONFIG, 10), [1.0, bad]) != []
+    assert run(Schedule(CONFIG, 10), [1.0, bad]) == list(range(1, 11))
     assert run(Schedule(CONFIG, 10), [math.nan, math.nan]) == list(range(1, 11))
     assert run(Schedule(CONFIG, 10), [1.0, 0.0]) == list(range(1, 11)), "a zero residual has no relative change"
     moreg = AdaCacheConfig.official("open-sora-30-fast", moreg=True)
