@@ -256,9 +256,8 @@ def _variants(args: argparse.Namespace) -> tuple[str, dict[str, AdaCacheConfig |
     if name in OFFICIAL and not args.codebook:
         notes.append(f"thresholds published for Open-Sora with {preset.steps} steps")
     elif not args.codebook:
-        source = OFFICIAL["open-sora-100"].codebook
-        factor = codebook.thresholds[0] / source.thresholds[0]
-        notes.append(f"thresholds of open-sora-100 x {factor:g}, where the embedded model's distances lie")
+        factor = codebook.thresholds[0] / OFFICIAL["open-sora-30-fast"].codebook.thresholds[0]
+        notes.append(f"thresholds of open-sora-30-fast x {factor:g}, where the embedded model's distances lie")
     if args.moreg is not None:
         motion = preset.motion.rescaled(preset.steps, args.steps)
         if "window" not in args.moreg and args.steps != preset.steps:

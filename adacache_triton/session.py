@@ -27,7 +27,7 @@ class Mode(Enum):
     REUSE = "reuse"
 
 
-@dataclass
+@dataclass(eq=False)
 class Branch:
     """What is kept for one guidance branch, that is for one of the transformer's calls in a step.
 
@@ -147,17 +147,17 @@ class Session:
 
     def _find(self, call: Call, moment) -> Branch:
         """The branch that a call belongs to: by the conditions that it shares, else by its place in the step."""
-        waiting = [b for b in self.branches if b.called != moment.step]
-        same = [b for b in waiting if b.condition(call.conditions)]
-        if not same and not any(b.condition(call.conditions) for b in self.branches):
-            place = moment.call - 1
-            same = [
-                b for b in self.branches[place : place + 1] if b in waiting and b.condition(call.conditions) is None
-            ]
-        if same and same[0].signature == call.signature:
-            return same[0]
+        known = [b for b in self.branches if b.condition(call.conditions)]
+        if not known:
+            known = [b for b in self.branches[moment.call - 1 :][:1] if b.condition(call.conditions) is None]
+        found = next((b for b in known if b.called != moment.step), None)
+        if found is not None and found.signature == call.signature:
+            return found
         branch = Branch(call.signature, tuple(map(weakref.ref, call.conditions)))
-        self.branches = [b for b in self.branches if b not in same[:1]] + [branch]
+        if found is None:
+            self.branches.append(branch)
+        else:
+            self.branches[self.branches.index(found)] = branch
         return branch
 
     def observe(self, residual: Tensor) -> None:

@@ -87,22 +87,25 @@ def measure_difficulty(pipe, seeds: range):
 
 
 def measure_preset(pipe, seeds: range):
-    """Rows of computed steps and PSNR over codebook factors, and over MoReg scales at some of them."""
-    book = OFFICIAL["open-sora-100"].codebook
+    """Rows of computed steps and PSNR over scaled codebooks, and over MoReg's scale and power for some of them."""
     window = (STEPS // 10, STEPS * 9 // 10)
-    settings = [(factor, None, None) for factor in (1.0, 0.7, 0.5, 0.35, 0.25, 0.18)]
-    settings += [(factor, scale, power) for factor in (0.5, 0.35) for scale in (0.3, 0.4, 0.5) for power in (1, 2, 8)]
+    settings = [("open-sora-100", factor, None, None) for factor in (1.0, 0.5, 0.25)]
+    settings += [("open-sora-30-fast", factor, None, None) for factor in (1.0, 0.5, 0.35, 0.25, 0.18, 0.12)]
+    moreg = [(scale, power) for scale in (0.07, 0.1, 0.14) for power in (1, 2)]
+    settings += [("open-sora-30-fast", factor, *m) for factor in (0.5, 0.25, 0.18) for m in moreg]
     for label in CLASSES:
         for seed in seeds:
             uncached, _ = generate(pipe, label, seed)
-            for factor, scale, power in settings:
+            for codebook, factor, scale, power in settings:
                 motion = scale and MotionRegularization(window, scale=scale, power=power)
-                frames, report = generate(pipe, label, seed, AdaCacheConfig(book.scaled(factor), motion or None))
+                config = AdaCacheConfig(OFFICIAL[codebook].codebook.scaled(factor), motion or None)
+                frames, report = generate(pipe, label, seed, config)
                 measured = [s.motion for s in report.steps if s.motion is not None]
                 yield {
                     "class": label,
                     "seed": seed,
-                    "codebook_factor": factor,
+                    "codebook": codebook,
+                    "factor": factor,
                     "moreg_scale": scale or "",
                     "moreg_power": power or "",
                     "computed": len(report.computed_steps),
