@@ -88,7 +88,7 @@ def measure_difficulty(pipe, seeds: range, evaluations: int = 12):
                     best = list(max(scored, key=scored.get))
                     best[moves.integers(1, count)] += int(moves.choice([-3, -2, -1, 1, 2, 3]))
                     moved = tuple(sorted(set(best)))
-                    if len(moved) == count and moved[-1] <= STEPS and moved not in scored:
+                    if len(moved) == count and moved[0] == 1 and moved[-1] <= STEPS and moved not in scored:
                         scored[moved] = psnr(uncached, replay(pipe, label, seed, moved))
                 best = max(scored, key=scored.get)
                 row = {"class": label, "seed": seed, "computed": count, "psnr": f"{scored[best]:.2f}"}

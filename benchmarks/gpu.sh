@@ -33,4 +33,4 @@ part() { # part NAME SECONDS COMMAND...: run once, with its own time limit, and 
 
 part tests 200 "$python" -m pytest tests -m gpu
 part kernels 200 "$python" -m pytest benchmarks --benchmark-only --benchmark-json "$results/kernels.json"
-part demo 120 "$python" -m adacache_triton.cli generate --device cuda --out "$results/demo"
+part demo 120 "$python" -c "import sys; from adacache_triton.cli import main; sys.exit(main())" generate --device cuda --out "$results/demo"

@@ -79,15 +79,22 @@ def class_table() -> str:
         f"|---|{'--:|' * (len(targets) + len(COLUMNS))}",
     ]
     classes = list(dict.fromkeys(row["class"] for row in difficulty))
-    sums = []
+    every = []  # [class][video, target]
     for name in classes:
-        needed = [np.mean([_needed(difficulty, name, seed, target) for seed in seeds]) for target in targets]
+        videos = np.array([[_needed(difficulty, name, seed, target) for target in targets] for seed in seeds])
+        needed = videos.mean(0)
         found = [_rule(preset, setting, [name]) for setting in COLUMNS.values()]
-        sums.append(needed)
+        every.append(videos)
         lines.append(_row([name, *(f"{n:.1f}" for n in needed), *found]))
     overall = [_rule(preset, setting, classes) for setting in COLUMNS.values()]
-    spread = [f"{max(column) / min(column):.2f} fold" for column in zip(*sums)]
-    return "\n".join([*lines, _row(["hardest over easiest; mean", *spread, *overall])]) + "\n"
+    means, videos = np.array([v.mean(0) for v in every]), np.concatenate(every)
+    lines.append(_row(["hardest over easiest class; mean of all", *_spread(means), *overall]))
+    lines.append(_row(["hardest over easiest video", *_spread(videos), *[""] * len(COLUMNS)]))
+    return "\n".join(lines) + "\n"
+
+
+def _spread(needed: np.ndarray) -> list[str]:
+    return [f"{ratio:.2f} fold" for ratio in needed.max(0) / needed.min(0)]
 
 
 def _needed(rows: list[dict], name: str, seed: str, target: float) -> float:
