@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .clock import Moment
 from .config import AdaCacheConfig
 from .kernels import residual_stats
 from .schedule import Schedule, Step
@@ -70,8 +71,8 @@ class Call:
     """
 
     arguments: Mapping[str, Any]
-    signature: tuple = field(repr=False)
-    conditions: tuple[Tensor, ...] = field(repr=False)
+    signature: tuple
+    conditions: tuple[Tensor, ...]
 
 
 class Readback:
@@ -109,8 +110,7 @@ class Session:
     def _forget_measured(self) -> None:
         self._sums: Tensor | None = None  # measured by this forward's probe
         self._total: Tensor | None = None  # over the branches of the last computed step
-        self._measured = False  # whether any of them had something to compare
-        self._readback: Readback | None = None  # of the total
+        self._readback: Readback | None = None  # of the total; None where none had anything to compare
 
     @property
     def over(self) -> bool:
@@ -145,7 +145,7 @@ class Session:
         self.branch.stack_residual = None  # free it before the blocks run
         return Mode.COMPUTE
 
-    def _find(self, call: Call, moment) -> Branch:
+    def _find(self, call: Call, moment: Moment) -> Branch:
         """The branch that a call belongs to: by the conditions that it shares, else by its place in the step."""
         known = [b for b in self.branches if b.condition(call.conditions)]
         if not known:
@@ -175,9 +175,10 @@ class Session:
         # 0, or NaN where any value is not finite: one broken residual breaks the distance, and rate 1 follows.
         check = residual.sum(dtype=torch.float32) * 0
         row = check if self._sums is None else self._sums + check
-        self._measured |= self._sums is not None
         self._total = row if self._total is None else self._total + row
-        self._readback, self._sums = Readback(self._total), None
+        if self._sums is not None or self._readback is not None:
+            self._readback = Readback(self._total)
+        self._sums = None
         if self.over:
             branch.stack_residual = branch.probe_residual = None  # the run is over
 
@@ -197,7 +198,7 @@ class Session:
 
     def _settle(self, schedule: Schedule) -> None:
         """Decide on what the last computed step measured, all branches together."""
-        if self._measured and schedule.steps[-1].reason != "restart":
+        if self._readback is not None and schedule.steps[-1].reason != "restart":
             schedule.decide(self._readback.tolist())
 
     def forget(self) -> None:
