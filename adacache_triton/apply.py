@@ -1,9 +1,10 @@
-"""The public entry: cache a pipeline's transformer, or a bare one, and get a handle back."""
+"""The public entry: cache a pipeline's transformers, or a bare one, and get a handle back."""
 
 from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
@@ -17,41 +18,66 @@ from .session import Session
 from .stack import BlockStack, Located
 
 _MARK = "_adacache_handle"
+TRANSFORMERS = ("transformer", "transformer_2")  # the second takes the later steps of a run, as in Wan 2.2
+
+
+class _Cached:
+    """One transformer: its session and its hooks."""
+
+    def __init__(self, transformer: nn.Module, located: Located, config: AdaCacheConfig, clock):
+        self.model = weakref.ref(_plain(transformer))
+        self.clock = clock
+        self.session = Session(config, clock)
+        self.hook = StackHook(transformer, located, self.session)
+
+    def steps(self) -> list[Step]:
+        """The records so far, numbered as the pipeline's steps."""
+        return [replace(s, step=s.step + self.session.earlier) for s in self.session.steps()]
 
 
 class AdaCacheHandle:
-    """A cached transformer: what it did, and the way back."""
+    """What was cached: what it did, and the way back."""
 
-    def __init__(self, transformer: nn.Module, config: AdaCacheConfig, located: Located, clock):
-        self.config, self._clock = config, clock
-        self._transformer = weakref.ref(transformer)
-        self._session = Session(config, clock)
-        self._hook = StackHook(transformer, located, self._session)
+    def __init__(self, config: AdaCacheConfig, cached: list[_Cached]):
+        self.config, self._cached = config, cached
         self._removed: Report | None = None  # the last report of a handle that was removed
-        setattr(transformer, _MARK, self)
+        for each in cached:
+            setattr(each.model(), _MARK, self)
 
     def __reduce__(self):
         return type(None), ()  # a copied or pickled transformer is not cached
+
+    def _in_run(self) -> list[_Cached]:
+        """What took part in the run in progress, or in the last one."""
+        ran = [each for each in self._cached if each.session.schedule is not None]
+        latest = max((each.session.generation for each in ran), default=0)
+        return [each for each in ran if each.session.generation == latest]
 
     def report(self) -> Report:
         """What the run in progress, or the last one, did so far. Reads measured values from the device."""
         if self._removed is not None:
             return self._removed
-        schedule = self._session.schedule
-        num_steps = schedule.num_steps if schedule else 0
-        return Report(num_steps, tuple(self._session.steps()), self._session.kept_bytes)
+        ran = self._in_run()
+        num_steps = sum(each.session.schedule.num_steps for each in ran)
+        kept = max((each.session.kept_bytes for each in ran), default=0)
+        return Report(num_steps, tuple(step for each in ran for step in each.steps()), kept)
 
     @property
     def current(self) -> Step | None:
         """The record of the step begun last; None before the first. Nothing is read from the device."""
-        schedule = self._session.schedule
-        return schedule.steps[-1] if schedule and schedule.steps else None
+        begun = [
+            replace(steps[-1], step=steps[-1].step + each.session.earlier)
+            for each in self._in_run()
+            if (steps := each.session.schedule.steps)
+        ]
+        return max(begun, key=lambda record: record.step, default=None)
 
     def reset(self) -> None:
         """Drop what is kept: the next forward is computed, as the first of a new run."""
-        self._clock.restart()
-        self._session.settle()
-        self._session.forget()
+        for each in self._cached:
+            each.clock.restart()
+            each.session.settle()
+            each.session.forget()
 
     @contextmanager
     def run(self):
@@ -59,28 +85,35 @@ class AdaCacheHandle:
 
         Leaving the block, by an exception too, ends the run.
         """
-        if not isinstance(self._clock, TimestepClock):
+        clock = self._cached[0].clock
+        if not isinstance(clock, TimestepClock):
             raise TypeError("run: expected a handle of a bare transformer; a pipeline tells its steps itself")
-        if self._clock.counting:
+        if clock.counting:
             raise RuntimeError("run: expected no run in progress; leave its `with` block first")
         self.reset()
-        self._clock.counting = True
+        clock.counting = True
         try:
             yield self
         finally:
-            self._clock.counting = False
+            clock.counting = False
             self.reset()
 
     def remove(self) -> None:
         """Take every hook off: model and scheduler are as they were. A second call does nothing."""
-        transformer = self._transformer()
         if self._removed is None:
             self._removed = self.report()
-            if transformer is not None:
-                delattr(transformer, _MARK)
-            self._hook.remove()
-            self._clock.stop()
-            self._session.forget()
+            for each in self._cached:
+                model = each.model()
+                if model is not None:
+                    delattr(model, _MARK)
+                each.hook.remove()
+                each.clock.stop()
+                each.session.forget()
+
+
+def _plain(transformer: nn.Module) -> nn.Module:
+    """The transformer itself where `torch.compile` has wrapped it."""
+    return getattr(transformer, "_orig_mod", transformer)
 
 
 def apply_adacache(
@@ -93,7 +126,8 @@ def apply_adacache(
     """Cache a video diffusion transformer.
 
     Args:
-        pipeline_or_transformer: a diffusers pipeline with `transformer` and `scheduler`, or a transformer.
+        pipeline_or_transformer: a diffusers pipeline with `transformer` and `scheduler`, or a transformer. Of a
+            pipeline with `transformer_2` as well, each is cached for its own share of the steps.
         config: when to compute; `AdaCacheConfig.official(...)` for the paper's presets. A pipeline says itself
             how many steps a run has; for a bare transformer `config.num_steps` must.
         stack: description of the blocks, for a class that the package does not know.
@@ -111,27 +145,68 @@ def apply_adacache(
     if isinstance(calls_per_step, bool) or not isinstance(calls_per_step, int) or calls_per_step < 1:
         raise ValueError(f"calls_per_step: expected an integer >= 1, got {calls_per_step!r}")
     pipeline = None if isinstance(pipeline_or_transformer, nn.Module) else pipeline_or_transformer
-    transformer = pipeline_or_transformer if pipeline is None else getattr(pipeline, "transformer", None)
-    scheduled = pipeline is None or getattr(pipeline, "scheduler", None) is not None
-    if not isinstance(transformer, nn.Module) or not scheduled:
+    transformers = {"transformer": pipeline_or_transformer}
+    if pipeline is not None:
+        found = {name: getattr(pipeline, name, None) for name in TRANSFORMERS}
+        transformers = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not transformers or (pipeline is not None and getattr(pipeline, "scheduler", None) is None):
         got = type(pipeline_or_transformer).__name__
         raise TypeError(
             "pipeline_or_transformer: expected a transformer, or a pipeline with `transformer` and `scheduler`, "
             f"got {got}"
         )
-    if getattr(transformer, _MARK, None) is not None:
-        raise ValueError(f"transformer: {type(transformer).__name__} is cached already; remove() that handle first")
-    if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError("transformer: another cache is enabled; call its disable_cache() first")
-    stack = stack or stack_of(transformer)
-    located = Located(transformer, stack, config.probe_block)
+    located = {name: _locate(name, transformer, config, stack) for name, transformer in transformers.items()}
     if pipeline is not None and config.num_steps is not None:
         expected = "expected None for a pipeline, which says how many steps a run has"
         raise ValueError(f"config.num_steps: {expected}, got {config.num_steps}")
-    if pipeline is not None:
-        clock = PipelineClock(pipeline)
-    elif config.num_steps is None:
+    if pipeline is None and config.num_steps is None:
         raise ValueError("config.num_steps: expected the number of steps for a bare transformer, got None")
-    else:
-        clock = TimestepClock(config.num_steps, calls_per_step, stack.timestep)
-    return AdaCacheHandle(transformer, config, located, clock)
+    cached = []
+    for name, transformer in transformers.items():
+        if pipeline is not None:
+            clock = PipelineClock(pipeline, _share(pipeline, name))
+        else:
+            clock = TimestepClock(config.num_steps, calls_per_step, located[name].stack.timestep)
+        cached.append(_Cached(transformer, located[name], config, clock))
+    return AdaCacheHandle(config, cached)
+
+
+def _locate(name: str, transformer: nn.Module, config: AdaCacheConfig, stack: BlockStack | None) -> Located:
+    """The description of a transformer, resolved; every reason not to cache it is raised here."""
+    model = _plain(transformer)
+    if getattr(model, _MARK, None) is not None:
+        raise ValueError(f"{name}: {type(model).__name__} is cached already; remove() that handle first")
+    other = _other_cache(model)
+    if other is not None:
+        raise ValueError(f"{name}: expected no other cache on {type(model).__name__}, got {other}; disable it first")
+    located = Located(model, stack or stack_of(model), config.probe_block)
+    if config.motion is not None and located.stack.frames is None:
+        raise ValueError(
+            f"config.motion: expected None for {type(model).__name__}, whose tokens do not lie in frames: "
+            "motion cannot be measured"
+        )
+    modules = located.stack.modules
+    for part, _ in config.modules or ():
+        if part not in modules:
+            raise ValueError(f"config.modules: {type(model).__name__} has {', '.join(modules) or 'none'}, got {part!r}")
+    if config.granularity == "module" and not modules:
+        raise ValueError(f"config.granularity: no modules are described for {type(model).__name__}, got 'module'")
+    return located
+
+
+def _other_cache(model: nn.Module) -> str | None:
+    """What else keeps something from step to step: the configuration of diffusers' `enable_cache`, or a hook."""
+    if (config := getattr(model, "_cache_config", None)) is not None:
+        return type(config).__name__
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
+    return next((type(hook).__name__ for hook in hooks if hook._is_stateful), None)
+
+
+def _share(pipeline, name: str):
+    """Which timesteps are a transformer's own: those above or below the pipeline's boundary, where it has one."""
+    ratio = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
+    if ratio is None:
+        return None
+    boundary = ratio * pipeline.scheduler.config.num_train_timesteps
+    return (lambda t: t >= boundary) if name == "transformer" else (lambda t: t < boundary)

@@ -1,35 +1,48 @@
 """Which generation and which denoising step a forward belongs to: two clocks with the same methods.
 
-`read(arguments)` returns a `Moment`. A generation is one run of the denoising loop; whatever is left of an
-older one, finished or not, is never used in a newer one.
+`read(arguments)` returns a `Moment`, or None where a forward is none of this loop's. A generation is one run of the
+denoising loop; whatever is left of an older one, finished or not, is never used in a newer one. Forwards of different
+threads are not of one run.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
+
+from .watched import Watched
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A forward's place: generation, step (from 1), steps of the generation, and call within the step."""
+    """A forward's place: generation, step (from 1), steps of the generation, and call within the step.
+
+    Where two transformers share a generation, step and steps are those of this one, after `earlier` of the other.
+    """
 
     generation: int
     step: int
     num_steps: int
     call: int
+    earlier: int = 0
 
 
 class PipelineClock:
     """Follows a pipeline's scheduler: `set_timesteps` starts a generation, `step` ends a denoising step.
 
-    No timestep is read, so nothing waits for the device.
+    A loop that steps copies of the scheduler (one a frame, say) is followed by the timestep that the pipeline
+    shows. No timestep is read in a run, so nothing waits for the device.
+
+    Args:
+        pipeline: with `scheduler`.
+        share: whether a timestep is one of this transformer's, where another takes the rest of a run. None: all are.
     """
 
-    def __init__(self, pipeline):
-        self._pipeline = weakref.ref(pipeline)
+    def __init__(self, pipeline, share: Callable[[float], bool] | None = None):
+        self._pipeline, self._share = weakref.ref(pipeline), share
         self._scheduler = None
         self._generation = self._step = self._call = 0
         self._watch(pipeline.scheduler)
@@ -37,20 +50,32 @@ class PipelineClock:
     def _watch(self, scheduler) -> None:
         self.stop()
         self._scheduler = scheduler
-        _Watched.on(scheduler, "set_timesteps").listeners.append(self._start)
-        _Watched.on(scheduler, "step").listeners.append(self._advance)
-        self._start()
+        Watched.on(scheduler, "set_timesteps", self._start)
+        Watched.on(scheduler, "step", self._advance)
+        self._begin()
 
-    def _start(self) -> None:
+    def _start(self, *_, **__) -> None:
+        # Written by a pipeline when its loop begins; what an older run wrote must not count.
+        for name in ("_num_timesteps", "_current_timestep"):
+            if getattr(self._pipeline(), name, None) is not None:
+                setattr(self._pipeline(), name, None)
+        self._begin()
+
+    def _begin(self) -> None:
         self.restart()
         self._step = self._call = 0
-        # Written by a pipeline when its loop begins; what an older run wrote must not count.
-        if getattr(self._pipeline(), "_num_timesteps", None) is not None:
-            self._pipeline()._num_timesteps = None
+        self._thread = get_ident()
+        # The pipeline's timestep as last seen, whether the scheduler has ended a step since, and which.
+        self._shown, self._moved, self._ended = None, False, None
+        self._mine = None
+        if self._share is not None and self._scheduler.timesteps is not None:
+            self._mine = [self._share(t) for t in self._scheduler.timesteps.tolist()]
 
-    def _advance(self) -> None:
-        self._step += 1
-        self._call = 0
+    def _advance(self, *_, **__) -> None:
+        shown = getattr(self._pipeline(), "_current_timestep", None)
+        if shown is not None and shown is self._ended:
+            return  # a second call of `step` in one denoising step
+        self._step, self._call, self._moved, self._ended = self._step + 1, 0, True, shown
 
     def restart(self) -> None:
         """The next forward begins a generation, at the step where the scheduler is."""
@@ -59,59 +84,46 @@ class PipelineClock:
     def abort(self) -> None:
         """A forward raised. The scheduler says what comes next."""
 
-    def read(self, arguments: Mapping[str, Any]) -> Moment:
+    def read(self, arguments: Mapping[str, Any]) -> Moment | None:
         pipeline = self._pipeline()
         if pipeline is not None and pipeline.scheduler is not self._scheduler:
             self._watch(pipeline.scheduler)  # the user has put another one in
+        if self._thread != get_ident():
+            self._thread = get_ident()
+            self.restart()
+        steps = self._steps(pipeline)
+        shown = getattr(pipeline, "_current_timestep", None)
+        if shown is not None and shown is self._ended:
+            return None  # the pipeline's loop has not gone on since: another one uses its transformer
+        if shown is not None and shown is not self._shown:
+            if self._shown is not None and not self._moved:
+                self._step, self._call = self._step + 1, 0
+                if self._step >= steps:  # the next window of a longer video
+                    self._step = 0
+                    self.restart()
+            self._shown, self._moved = shown, False
         self._call += 1
+        if self._mine is None:
+            return Moment(self._generation, self._step + 1, steps, self._call)
+        mine = self._mine[-steps:] if steps else []
+        earlier = mine.index(True) if True in mine else 0
+        if not (self._step < len(mine) and mine[self._step]):
+            return None  # called out of its share
+        return Moment(self._generation, sum(mine[: self._step + 1]), sum(mine), self._call, earlier)
+
+    def _steps(self, pipeline) -> int:
         # A pipeline that shortens the scheduler's list (image or video to video) notes what remains, or, run by
         # another pipeline of the same parts, tells the scheduler where it begins.
         steps = getattr(pipeline, "_num_timesteps", None)
-        if not isinstance(steps, int):
-            steps = len(self._scheduler.timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
-        return Moment(self._generation, self._step + 1, steps, self._call)
+        if isinstance(steps, int):
+            return steps
+        return len(self._scheduler.timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
 
     def stop(self) -> None:
         """Leave the scheduler as it was."""
         if self._scheduler is not None:
-            _Watched.off(self._scheduler, "set_timesteps", self._start)
-            _Watched.off(self._scheduler, "step", self._advance)
-
-
-class _Watched:
-    """A scheduler's method that also tells its listeners, of which every cached pipeline that shares it has one."""
-
-    def __init__(self, scheduler, method: str):
-        self.owner, self.method = weakref.ref(scheduler), method
-        self.own = method in vars(scheduler)  # somebody had put another method on this scheduler already
-        self.__wrapped__ = getattr(scheduler, method)  # pipelines inspect the signature
-        self.listeners: list = []
-
-    def __call__(self, *args, **kwargs):
-        result = self.__wrapped__(*args, **kwargs)
-        for tell in self.listeners:
-            tell()
-        return result
-
-    def __reduce__(self):
-        # Copying and pickling reach the owner first, so this is the plain method of the owner's copy.
-        return getattr, (self.owner(), self.method)
-
-    @staticmethod
-    def on(scheduler, method: str) -> _Watched:
-        if not isinstance(vars(scheduler).get(method), _Watched):
-            setattr(scheduler, method, _Watched(scheduler, method))
-        return vars(scheduler)[method]
-
-    @staticmethod
-    def off(scheduler, method: str, tell) -> None:
-        watched = vars(scheduler).get(method)
-        if isinstance(watched, _Watched) and tell in watched.listeners:
-            watched.listeners.remove(tell)
-            if not watched.listeners and watched.own:
-                setattr(scheduler, method, watched.__wrapped__)
-            elif not watched.listeners:
-                delattr(scheduler, method)
+            Watched.off(self._scheduler, "set_timesteps", self._start)
+            Watched.off(self._scheduler, "step", self._advance)
 
 
 class TimestepClock:
@@ -133,6 +145,7 @@ class TimestepClock:
         """The next forward is the first of a generation."""
         self._generation += 1
         self._step = self._call = 0
+        self._thread = get_ident()
         self._value: float | None = None
         self._direction = 0.0
 
@@ -152,6 +165,8 @@ class TimestepClock:
         return Moment(self._generation, self._step, self._num_steps, self._call)
 
     def _follow(self, value: float) -> None:
+        if self._thread != get_ident():
+            self.restart()
         if value == self._value and self._call < self._calls:
             return
         change = 0.0 if self._value is None else value - self._value
@@ -167,4 +182,5 @@ class TimestepClock:
 
 
 def _scalar(timestep) -> float:
-    return float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)
+    """The timestep of a call; of a value a token or a frame the largest, as clean ones stay at 0."""
+    return float(timestep.max()) if hasattr(timestep, "max") else float(timestep)

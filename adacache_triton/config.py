@@ -12,6 +12,8 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .kernels import METRICS
+
 
 def _number(name: str, value, minimum: float, *, strict: bool = False, integer: bool = False):
     """`value` as a plain number if it is finite and over the minimum, else an error that names it."""
@@ -188,6 +190,10 @@ class MotionRegularization(_Json):
         return dataclasses.replace(self, window=(first, last))
 
 
+GRANULARITIES = ("stack", "block", "module")
+MODULES = ("attention", "cross_attention", "mlp")
+
+
 @dataclass(frozen=True)
 class AdaCacheConfig(_Json):
     """How a transformer is cached.
@@ -199,12 +205,21 @@ class AdaCacheConfig(_Json):
             which says so itself.
         probe_block: index of the block whose attention residual is measured, from 0 (negative: from the end).
             None is the middle one, as in the paper.
+        metric: of the distance: `l1` as in the released code, `l2` or `cosine` as in the paper's ablation.
+        granularity: what keeps a residual: the whole `stack` (least memory, and no block runs on a reused step),
+            each `block`, or each `module`: attention, cross-attention and MLP.
+        modules: with granularity `module`, which of `attention`, `cross_attention` and `mlp` are cached, and how
+            often in a row each may be reused (None: as long as the rate says). What is not named is computed on
+            every step.
     """
 
     codebook: Codebook
     motion: MotionRegularization | None = None
     num_steps: int | None = None
     probe_block: int | None = None
+    metric: str = "l1"
+    granularity: str = "stack"
+    modules: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] | None = None
 
     def __post_init__(self):
         if not isinstance(self.codebook, Codebook):
@@ -217,6 +232,22 @@ class AdaCacheConfig(_Json):
             isinstance(self.probe_block, bool) or not isinstance(self.probe_block, int)
         ):
             raise TypeError(f"probe_block: expected an integer or None, got {self.probe_block!r}")
+        _known("metric", self.metric, METRICS)
+        _known("granularity", self.granularity, GRANULARITIES)
+        if self.modules is not None:
+            if self.granularity != "module":
+                raise ValueError(f"modules: expected None with granularity {self.granularity!r}, got {self.modules!r}")
+            try:
+                modules = dict(self.modules)
+            except (TypeError, ValueError):
+                modules = None
+            if not modules:
+                raise TypeError(f"modules: expected a mapping of modules to reuses in a row, got {self.modules!r}")
+            for name, reuses in modules.items():
+                _known("modules", name, MODULES)
+                if reuses is not None:
+                    _number(f"modules[{name!r}]", reuses, 0, integer=True)
+            object.__setattr__(self, "modules", tuple(modules.items()))  # immutable
 
     @classmethod
     def from_dict(cls, data: Mapping) -> AdaCacheConfig:

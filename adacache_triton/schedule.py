@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .config import AdaCacheConfig
+from .config import METRICS, AdaCacheConfig
 
 
 @dataclass
@@ -97,9 +97,10 @@ class Schedule:
         """Choose the rate at the computed step begun last.
 
         Args:
-            sums: sum|r_old - r_new| and sum|r_old|, then for each frame stride of MoReg the sum of the frame
-                differences and that of the frames that enter them, as `residual_stats` makes them, summed over
-                all that is decided together. None where there was nothing to compare: the rate is 1.
+            sums: those of the distance, then for each frame stride of MoReg the sum of the frame differences and
+                that of the frames that enter them, as `residual_stats` makes them for `config.metric`, summed over
+                all that is decided together. Then the distance sums of further streams; the stream that changed
+                most decides. None where there was nothing to compare: the rate is 1.
         """
         record, motion = self.steps[-1], self.config.motion
         if not record.computed:
@@ -108,17 +109,30 @@ class Schedule:
             record.rate = self._rate = 1
             return
         record.previous_rate = self._rate
-        record.distance = record.regularized = _ratio(sums[0], sums[1]) / self._rate
+        columns = METRICS[self.config.metric]
+        moving = columns + 2 * len(motion.frame_strides) if motion else columns
+        streams = [sums[:columns], *(sums[i : i + columns] for i in range(moving, len(sums), columns))]
+        distances = [_distance(self.config.metric, each) for each in streams]
+        most = math.nan if any(map(math.isnan, distances)) else max(distances)
+        record.distance = record.regularized = most / self._rate
         if motion is not None:
             scale = 1.0
             if motion.window[0] <= record.step <= motion.window[1]:
-                record.motion = _motion_score(sums[2:])
+                record.motion = _motion_score(sums[columns:moving])
                 scale = 1.0 if record.motion is None else motion.scale_of(record.motion)
             record.motion_scale = scale
             record.motion_gradient = motion.gradient_weight * (scale - self._motion_scale) / self._rate
             record.regularized *= scale + abs(record.motion_gradient)
             self._motion_scale = scale
         record.rate = self._rate = self.config.codebook.rate(record.regularized)
+
+
+def _distance(metric: str, sums: Sequence[float]) -> float:
+    if metric == "l2":
+        return math.sqrt(_ratio(sums[0], sums[1]))
+    if metric == "cosine":
+        return 1 - _ratio(sums[0], math.sqrt(sums[1]) * math.sqrt(sums[2]))
+    return _ratio(sums[0], sums[1])
 
 
 def _ratio(numerator: float, denominator: float) -> float:

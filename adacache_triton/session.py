@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -35,24 +35,32 @@ class Branch:
     Attributes:
         signature: shapes, dtypes, devices and plain values of the call's arguments; another signature is another
             video.
+        name: what the pipeline calls it (diffusers' `cache_context`), or None.
         conditions: the tensors besides the latents, as long as the pipeline keeps them: they tell branches apart.
-        stack_residual: what the whole block stack added at step `computed`.
-        probe_residual: the probe's attention residual of that step, [B, T, S, C].
+        residuals: what the block stack added at step `computed`, a tensor for each of its streams; what each block
+            or module added, where these are cached one by one.
+        probes: the probe's attention residual of that step, [B, T, S, C], for each stream.
         computed: the step that both are of; 0 before the first.
         called: the step of the last call.
     """
 
     signature: tuple
+    name: str | None
     conditions: tuple[weakref.ref, ...]
-    stack_residual: Tensor | None = None
-    probe_residual: Tensor | None = None
+    residuals: dict[Hashable, Any] = field(default_factory=dict)
+    probes: dict[int, Tensor] = field(default_factory=dict)
     computed: int = 0
     called: int = 0
 
     @property
     def nbytes(self) -> int:
-        kept = (self.stack_residual, self.probe_residual)
-        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+        residuals = self.residuals.values()
+        probes = 0 if any(not isinstance(r, Tensor) for r in residuals) else sum(p.nbytes for p in self.probes.values())
+        return probes + sum(r.nbytes for r in residuals)
+
+    def clear(self) -> None:
+        self.residuals.clear()
+        self.probes.clear()
 
     def condition(self, tensors: tuple[Tensor, ...]) -> bool | None:
         """Whether a call with these conditions is this branch; None where no tensor outlived its call."""
@@ -68,11 +76,13 @@ class Call:
         arguments: by name.
         signature: see `Branch`.
         conditions: the tensors besides the latents and the timestep.
+        name: of the guidance branch, where the pipeline gives one.
     """
 
     arguments: Mapping[str, Any]
     signature: tuple
     conditions: tuple[Tensor, ...]
+    name: str | None = None
 
 
 class Readback:
@@ -104,25 +114,28 @@ class Session:
         self.branches: list[Branch] = []  # in the order of their calls
         self.branch: Branch | None = None
         self.kept_bytes = 0  # the most that this run kept at a time
-        self._generation = 0
+        self.generation = self.earlier = 0  # as the clock counts them
         self._forget_measured()
 
     def _forget_measured(self) -> None:
-        self._sums: Tensor | None = None  # measured by this forward's probe
+        self._sums: dict[int, Tensor] = {}  # measured by this forward's probe, for each stream
         self._total: Tensor | None = None  # over the branches of the last computed step
         self._readback: Readback | None = None  # of the total; None where none had anything to compare
 
     @property
     def over(self) -> bool:
         """Whether the step begun last is the last of the run: nothing is kept from then on."""
-        return self.schedule.steps[-1].step == self.schedule.num_steps
+        steps = self.schedule.steps
+        return bool(steps) and steps[-1].step == self.schedule.num_steps
 
     def begin(self, call: Call) -> Mode:
         """Start a forward: find its run, step and branch, and say what it does."""
         moment = self.clock.read(call.arguments)
-        if moment.generation != self._generation:
+        if moment is None:
+            return Mode.PLAIN
+        if moment.generation != self.generation:
             self.forget()
-            self._generation, self.kept_bytes = moment.generation, 0
+            self.generation, self.kept_bytes, self.earlier = moment.generation, 0, moment.earlier
             # Of fewer than three steps all would be computed.
             self.schedule = Schedule(self.config, moment.num_steps) if moment.num_steps >= 3 else None
         if self.schedule is None or moment.step > moment.num_steps or moment.call > MAX_BRANCHES:
@@ -138,49 +151,69 @@ class Session:
         self.branch = self._find(call, moment)
         self.branch.called = moment.step
         if not schedule.steps[-1].computed:
-            if self.branch.stack_residual is not None and self.branch.computed == schedule.computed:
+            if self.branch.residuals and self.branch.computed == schedule.computed:
                 return Mode.REUSE
             schedule.restart()  # nothing is kept, or it is older than what the other branches reuse
-            self.branch.probe_residual = None
-        self.branch.stack_residual = None  # free it before the blocks run
+            self.branch.probes.clear()
+        if self.config.granularity != "module":  # whose kept tensors are overwritten in place
+            self.branch.residuals.clear()  # freed before the blocks run
         return Mode.COMPUTE
 
     def _find(self, call: Call, moment: Moment) -> Branch:
-        """The branch that a call belongs to: by the conditions that it shares, else by its place in the step."""
-        known = [b for b in self.branches if b.condition(call.conditions)]
-        if not known:
+        """The branch that a call belongs to: by name, by the conditions that it shares, by its place in the step."""
+        if call.name is not None:
+            known = [b for b in self.branches if b.name == call.name and b.condition(call.conditions) is not False]
+        else:
+            known = [b for b in self.branches if b.condition(call.conditions)]
+        if not known and call.name is None:
             known = [b for b in self.branches[moment.call - 1 :][:1] if b.condition(call.conditions) is None]
         found = next((b for b in known if b.called != moment.step), None)
         if found is not None and found.signature == call.signature:
             return found
-        branch = Branch(call.signature, tuple(map(weakref.ref, call.conditions)))
+        branch = Branch(call.signature, call.name, tuple(map(weakref.ref, call.conditions)))
         if found is None:
             self.branches.append(branch)
         else:
             self.branches[self.branches.index(found)] = branch
         return branch
 
-    def observe(self, residual: Tensor) -> None:
-        """Measure the probe's residual [B, T, S, C] of a computed step against the kept one, and keep it."""
-        if self.branch.probe_residual is not None:
-            strides = self.config.motion.frame_strides if self.config.motion else ()
-            self._sums = residual_stats(residual, self.branch.probe_residual, frame_strides=strides).sum(0)
-        self.branch.probe_residual = residual
+    def observe(self, residual: Tensor, stream: int = 0) -> None:
+        """Measure the probe's residual [B, T, S, C] of a computed step against the kept one, and keep it.
 
-    def keep(self, residual: Tensor) -> None:
-        """Keep the stack residual of a computed step."""
+        Motion is that of the first stream.
+        """
+        kept, sums = self.branch.probes.get(stream), None
+        if kept is not None:
+            strides = self.frame_strides if stream == 0 else ()
+            sums = residual_stats(residual, kept, frame_strides=strides, metric=self.config.metric)
+        self.observed(residual, sums, stream)
+
+    @property
+    def frame_strides(self) -> tuple[int, ...]:
+        return self.config.motion.frame_strides if self.config.motion else ()
+
+    def observed(self, residual: Tensor, sums: Tensor | None, stream: int = 0) -> None:
+        """A probe's residual and its sums [B, columns] against the one kept before, None where there was none."""
+        if sums is not None:
+            self._sums[stream] = sums.sum(0)
+        self.branch.probes[stream] = residual
+
+    def keep(self, residuals: Mapping[Hashable, Any], check: Tensor, streams: int) -> None:
+        """Keep the residuals of a computed step, in which so many streams took part. `check` is finite if they are."""
         branch, schedule = self.branch, self.schedule
-        branch.stack_residual, branch.computed = residual, schedule.computed
+        branch.residuals, branch.computed = dict(residuals), schedule.computed
         self.kept_bytes = max(self.kept_bytes, sum(b.nbytes for b in self.branches))
         # 0, or NaN where any value is not finite: one broken residual breaks the distance, and rate 1 follows.
-        check = residual.sum(dtype=torch.float32) * 0
-        row = check if self._sums is None else self._sums + check
+        measured = len(self._sums) == streams
+        row = check * 0
+        if measured:
+            row = row + torch.cat([self._sums[i] for i in sorted(self._sums)])
         self._total = row if self._total is None else self._total + row
-        if self._sums is not None or self._readback is not None:
+        if measured or self._readback is not None:
             self._readback = Readback(self._total)
-        self._sums = None
+        self._sums = {}
         if self.over:
-            branch.stack_residual = branch.probe_residual = None  # the run is over
+            branch.clear()  # the run is over
 
     def steps(self) -> list[Step]:
         """The records of the run so far, what was measured last included."""
@@ -200,6 +233,11 @@ class Session:
         """Decide on what the last computed step measured, all branches together."""
         if self._readback is not None and schedule.steps[-1].reason != "restart":
             schedule.decide(self._readback.tolist())
+
+    def drop(self) -> None:
+        """What is kept is of other weights than the next step's, or the run was left; that step is computed."""
+        if self.schedule is not None and not self.over:
+            self.forget()
 
     def forget(self) -> None:
         """Drop all that is kept: the next forward computes. The records stay until the next run."""

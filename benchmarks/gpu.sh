@@ -1,36 +1,58 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU, most valuable first: the GPU tests, the kernel benchmarks, the demo.
+# Everything that needs a CUDA GPU, most valuable first: GPU tests, kernel benchmarks, the README's table and picture,
+# the demo.
 #
-#   bash benchmarks/gpu.sh [RESULTS]      default: benchmarks/results/gpu-<date>
+#   bash benchmarks/gpu.sh [RESULTS]      default: benchmarks/results/gpu
 #
-# A part that is done leaves a stamp in RESULTS and is not run again. It uses the torch and the packages that the
-# machine has (set PYTHON for another interpreter) and installs this package beside them, without dependencies.
+# A call ends within nine minutes. A part that is done leaves a stamp in RESULTS and is not run again: call until it
+# says that nothing is left. RESULTS.tar.gz then holds all of it. The torch and the packages are those that the machine
+# has (PYTHON names another interpreter); this package is installed beside them, without dependencies. A copy without
+# its git history is told its revision by REVISION.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-results=${1:-benchmarks/results/gpu-$(date +%F)}
+results=${1:-benchmarks/results/gpu}
 python=${PYTHON:-python3}
+export REVISION=${REVISION:-$(git describe --always --dirty --exclude='*' 2>/dev/null || true)}
 mkdir -p "$results"
+left=0
 
 "$python" -m pip install -q --no-deps --no-build-isolation -e .
 "$python" - >"$results/environment.json" <<'PY'
-import json, platform, subprocess
+import json, os, platform, subprocess
 import torch, triton
 smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 print(json.dumps({
     "gpu": subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip(),
     "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
-    "cuda": torch.version.cuda, "revision": revision or None,
+    "cuda": torch.version.cuda, "revision": os.environ["REVISION"] or None,
 }, indent=2))
 PY
 
 part() { # part NAME SECONDS COMMAND...: run once, with its own time limit, and go on if it fails
-  local name=$1 seconds=$2; shift 2
+  local name=$1 seconds=$2 time=$((510 - SECONDS)); shift 2
   [ -e "$results/$name.done" ] && return
-  if timeout "$seconds" "$@" >"$results/$name.log" 2>&1; then touch "$results/$name.done"; echo "$name: done"
-  else echo "$name: FAILED with $?"; tail -n 15 "$results/$name.log"; fi
+  if [ "$time" -lt $((seconds / 2)) ]; then left=$((left + 1)); return; fi
+  if timeout "$((seconds < time ? seconds : time))" "$@" >"$results/$name.log" 2>&1; then
+    touch "$results/$name.done"; echo "$name: done after $SECONDS s"
+  else
+    local status=$?; left=$((left + 1)); echo "$name: FAILED with $status"; tail -n 15 "$results/$name.log"
+  fi
 }
 
-part tests 200 "$python" -m pytest tests -m gpu
-part kernels 200 "$python" -m pytest benchmarks --benchmark-only --benchmark-json "$results/kernels.json"
+kernels() { # kernels NAME SECONDS RUNS: those that a pytest expression chooses
+  part "kernels-$1" "$2" "$python" -m pytest benchmarks --benchmark-only -k "$3" --benchmark-json "$results/kernels-$1.json"
+}
+
+compiled='(torch.compile or max-autotune)'
+part tests 150 "$python" -m pytest tests/test_gpu.py
+kernels plain 240 "not $compiled"
+for operation in residual_stats gated_residual reuse keep relative_distance; do
+  kernels "$operation" 200 "$operation and $compiled"
+done
+part kernel-tests 300 "$python" -m pytest tests/kernels \
+  --ignore tests/kernels/test_compile.py --ignore tests/kernels/test_interpreter.py
 part demo 120 "$python" -c "import sys; from adacache_triton.cli import main; sys.exit(main())" generate --device cuda --out "$results/demo"
+
+if [ -s "$results/kernels-plain.json" ]; then "$python" benchmarks/update_readme.py "$results"/kernels-*.json || true; fi
+tar -czf "$results.tar.gz" -C "$results" .
+[ "$left" = 0 ] && echo "nothing is left" || echo "parts left: $left; call again"

@@ -1,4 +1,7 @@
-"""Put measured numbers and pictures into the README: `python benchmarks/update_readme.py demo`.
+"""Put measured numbers and pictures into the README.
+
+    python benchmarks/update_readme.py demo               a folder that `make demo` wrote
+    python benchmarks/update_readme.py GPU/kernels*.json  rows that `pytest benchmarks --benchmark-json` wrote on a GPU
 
 Its tables are written from the demo's `report.json` and from the rows in `benchmarks/results/`; nothing in them is
 typed by hand.
@@ -12,24 +15,40 @@ import shutil
 import sys
 from pathlib import Path
 
+import kernel_rows
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 
 
-def main(demo: Path) -> None:
+def main(paths: list[Path]) -> None:
     (ROOT / "docs").mkdir(exist_ok=True)
-    for name in ("contact_sheet.png", "schedule.png"):
-        shutil.copy(demo / name, ROOT / "docs" / name)
-    shutil.copy(demo / "report.json", RESULTS / "demo.json")
-    report = json.loads((demo / "report.json").read_text())
+    if paths[0].is_dir():
+        for name in ("contact_sheet.png", "schedule.png"):
+            shutil.copy(paths[0] / name, ROOT / "docs" / name)
+        shutil.copy(paths[0] / "report.json", RESULTS / "demo.json")
+    else:
+        rows = kernel_rows.rows_of(paths)
+        if any(row["device"].startswith("cpu") for row in rows):
+            raise SystemExit("rows of a CPU show that the benchmarks run, not how fast the kernels are")
+        kernel_rows.save(rows)
+        kernel_rows.picture(rows)
     readme = (ROOT / "README.md").read_text()
-    for name, text in (("demo", demo_table(report)), ("classes", class_table())):
+    for name, text in tables().items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         head, rest = readme.split(begin)
         readme = head + begin + text + end + rest.split(end)[1]
     (ROOT / "README.md").write_text(readme)
+
+
+def tables() -> dict[str, str]:
+    """By name of the place in the README."""
+    return {
+        "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
+        "classes": class_table(),
+        "kernels": kernel_rows.table(kernel_rows.load()),
+    }
 
 
 def demo_table(report: dict) -> str:
@@ -121,4 +140,4 @@ def _row(cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(argument) for argument in sys.argv[1:]])

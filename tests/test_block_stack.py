@@ -37,7 +37,7 @@ def test_a_wrong_field_is_named_and_nothing_is_applied(change, message):
     [
         ({"lists": ["spatial_blocks"]}, "BlockStack.lists: expected a tuple of attribute paths, got ['spati"),
         ({"probe_list": "blocks"}, "BlockStack.probe_list: expected one of ('spatial_blocks', 'temporal_blocks'), got"),
-        ({"layout": "b t s c"}, "BlockStack.layout: expected one of ('b (t s) c', '(b t) s c', '(b s) t c'), got"),
+        ({"layout": "b t s c"}, "BlockStack.layout: expected one of ('b (t s) c', '(b t) s c', '(b s) t c', '(t s) c'), got"),
     ],
 )
 def test_a_description_that_contradicts_itself(change, message):
@@ -110,3 +110,33 @@ def test_a_model_from_outside(monkeypatch):
     assert stack_of(Mine()) is STACK, "by the name of a base"
     handle = apply_adacache(Mine(), CONFIG, stack=STACK)
     handle.remove()
+
+
+class TwoLoops(STDiT3):
+    """Runs its temporal blocks after all spatial ones: a list left out of the description would run on its own."""
+
+    def forward(self, x, timestep, y):
+        B, C, T, H, W = x.shape
+        h = self.x_embedder(x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4))
+        h, S = h.flatten(1, 3), h[0, 0].numel() // h.shape[-1]
+        t = self.t_embedder(timestep[:, None] / torch.arange(1, 17))
+        for blocks in (self.spatial_blocks, self.temporal_blocks):
+            for block in blocks:
+                h = block(h, y, self.t_block(t), T=T, S=S)
+        return self.final_layer(h, t)
+
+
+@pytest.mark.parametrize("granularity", ["stack", "block"])
+def test_a_list_left_out_is_found_on_the_first_reused_step(granularity):
+    """With the whole stack skipped it would be an error; where blocks are cached one by one it is a choice."""
+    torch.manual_seed(0)
+    model, x, y = TwoLoops(), torch.randn(1, 4, 2, 4, 4), torch.randn(1, 3, 32)
+    stack = dataclasses.replace(STACK, lists=("spatial_blocks",), probe_list=None)
+    handle = apply_adacache(model, dataclasses.replace(CONFIG, granularity=granularity), stack=stack)
+    with torch.no_grad(), handle.run():
+        outputs = [model(x, torch.tensor([500]), y) for _ in range(2)]
+        if granularity == "stack":
+            with pytest.raises(ValueError, match="BlockStack.lists: expected 'temporal_blocks' among them: its blocks"):
+                model(x, torch.tensor([500]), y)
+        else:
+            torch.testing.assert_close(model(x, torch.tensor([500]), y), outputs[1], rtol=1e-5, atol=1e-5)

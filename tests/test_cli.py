@@ -255,13 +255,13 @@ def test_mistakes_about_models(latte, tmp_path, capsys):
     argv = ["generate", "--out", "out", "--steps", "5", "--model"]
     assert fails([*argv, str(latte)], capsys) == "--prompt: expected at least one text for --model, got none"
 
-    for name, entry in {"CogVideoX": ["diffusers", "CogVideoXTransformer3DModel"], "Wan": [None, None]}.items():
+    for name, entry in {"PixArtAlpha": ["diffusers", "PixArtTransformer2DModel"], "Wan": [None, None]}.items():
         folder = tmp_path / name
         folder.mkdir()
         index = {"_class_name": f"{name}Pipeline", "_diffusers_version": "0.36.0", "transformer": entry}
         (folder / "model_index.json").write_text(json.dumps(index))
-    line = fails([*argv, "CogVideoX", "--prompt", "a"], capsys)
-    assert re.fullmatch(r"--model: transformer: expected a known class \(.*\).*, got CogVideoXTransformer3DModel", line)
+    line = fails([*argv, "PixArtAlpha", "--prompt", "a"], capsys)
+    assert re.fullmatch(r"--model: transformer: expected a known class \(.*\).*, got PixArtTransformer2DModel", line)
     expected = "--model: expected a pipeline with a transformer of diffusers"
     assert fails([*argv, "Wan", "--prompt", "a"], capsys) == f"{expected}, got WanPipeline without a transformer"
 
@@ -271,7 +271,7 @@ def test_mistakes_about_models(latte, tmp_path, capsys):
 
     line = fails([*argv, str(latte), "--prompt", "a", "--height", "12"], capsys)
     assert line.startswith("--model: expected arguments that LattePipeline takes, got ValueError: `height` and")
-    assert {path.name for path in tmp_path.iterdir()} == {"CogVideoX", "Wan"}
+    assert {path.name for path in tmp_path.iterdir()} == {"PixArtAlpha", "Wan"}
 
 
 def test_output_that_cannot_be_written(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import LatteTransformer3DModel
 
-from adacache_triton import AdaCacheConfig, Codebook, MotionRegularization, apply_adacache, hooks
+from adacache_triton import AdaCacheConfig, Codebook, MotionRegularization, apply_adacache, granularity
 
 STEPS = 12
 CONFIG = AdaCacheConfig(Codebook((1e6,), (3, 1)), num_steps=STEPS)  # every comparison gives rate 3
@@ -103,7 +103,7 @@ def test_a_reused_step_on_the_same_input_gives_the_full_output(model, cached):
 
 def pretend_last_timestep(model, value: float) -> None:
     """Let the next forward count as the next step although its timestep repeats."""
-    clock = model._adacache_handle._clock
+    clock = model._adacache_handle._cached[0].clock
     clock._value, clock._direction = value, -1.0
 
 
@@ -112,8 +112,8 @@ def test_a_reused_step_runs_no_block_and_adds_one_tensor(model, cached, monkeypa
     cached()
     for block in (*model.transformer_blocks, *model.temporal_transformer_blocks):
         blocks.append(block.register_forward_hook(lambda *_: ran.append(1)))
-    real = hooks.reuse
-    monkeypatch.setattr(hooks, "reuse", lambda hidden, residual: adds.append(residual) or real(hidden, residual))
+    real = granularity.reuse
+    monkeypatch.setattr(granularity, "reuse", lambda hidden, residual: adds.append(residual) or real(hidden, residual))
     counts = []
     call = inputs()
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_kept_memory_is_one_stack_and_one_probe_residual_a_branch(model, cached)
     one = 2 * 4 * 16 * 24 * 4  # B x T x S x C float32
     handle = cached()
     denoise(model, range(1, 5))
-    assert len(handle._session.branches) == 1 and handle.report().kept_bytes == 2 * one
+    assert len(handle._cached[0].session.branches) == 1 and handle.report().kept_bytes == 2 * one
     assert live(one // 4) == 2
     denoise(model)
     assert live(one // 4) == 0, "nothing is kept after the last step"
@@ -143,7 +143,7 @@ def test_kept_memory_is_one_stack_and_one_probe_residual_a_branch(model, cached)
         for step in range(1, 4):
             for seed in (0, 1):
                 model(timestep=torch.tensor([1000 - step] * 2), **inputs(seed))
-    assert len(handle._session.branches) == 2
+    assert len(handle._cached[0].session.branches) == 2
     assert handle.report().kept_bytes == 4 * one and live(one // 4) == 4
 
 
@@ -157,7 +157,7 @@ def live(numel: int) -> int:
 def test_the_stack_residual_is_freed_before_the_blocks_run(model, cached):
     handle, seen = cached(), []
     hook = model.transformer_blocks[0].register_forward_hook(
-        lambda *_: seen.append(handle._session.branch.stack_residual is None)
+        lambda *_: seen.append(not handle._cached[0].session.branch.residuals)
     )
     denoise(model)
     hook.remove()
@@ -391,8 +391,8 @@ def test_other_dtypes(model, cached, dtype):
                 with torch.no_grad():
                     plain = model(timestep=torch.tensor([1000 - step] * 2), return_dict=False, **call)[0]
             elif step == 4:
-                kept = handle._session.branch
-                assert kept.stack_residual.dtype == kept.probe_residual.dtype == dtype
+                kept = handle._cached[0].session.branch
+                assert kept.residuals["norm_out"].dtype == kept.probes[0].dtype == dtype
         assert output.dtype == dtype and torch.isfinite(output).all()
         torch.testing.assert_close(output, plain, rtol=0.1, atol=0.05)
         assert any(not s.computed for s in handle.report().steps)

@@ -21,6 +21,16 @@ def register(class_name: str, stack: BlockStack) -> None:
     _STACKS[class_name] = stack
 
 
+def registered() -> tuple[str, ...]:
+    """The names of the classes that are described."""
+    return tuple(sorted(_STACKS))
+
+
+def described(class_name: str) -> BlockStack:
+    """The description of a class, by its name; KeyError for one that nobody described."""
+    return _STACKS[class_name]
+
+
 def stack_of(model: nn.Module) -> BlockStack:
     """The description of a model's class. Raises TypeError for a class that nobody described."""
     for kind in type(model).__mro__:

@@ -10,10 +10,10 @@ register(
         exit="final_layer",
         probe_list="temporal_blocks",
         probe_after="cross_attn",
-        layout="b (t s) c",
         # Frames are padded up to the patch before they are embedded.
         frames=lambda model, arguments: -(-arguments["x"].shape[2] // model.patch_size[0]),
         input="x",
         hidden="x",
+        modules={"attention": ("attn",), "cross_attention": ("cross_attn",), "mlp": ("mlp",)},
     ),
 )

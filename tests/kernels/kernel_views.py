@@ -4,12 +4,16 @@ The same tests judge every backend. Plain `pytest` tests PyTorch on a CPU, and T
 `test_interpreter.py` runs them again with TRITON_INTERPRET=1, which puts Triton's kernels on the CPU.
 """
 
+import math
 import os
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
+
+from adacache_triton.kernels import METRICS, reuse
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -23,9 +27,11 @@ repeatable = settings(
     max_examples=30, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
 )
 # Batch, frames, tokens, channels: ones, odd numbers, and more elements than the smallest block.
-shapes = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.sampled_from((1, 2, 5, 8, 16)))
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.sampled_from((1, 2, 5, 8, 16)))
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
+metrics = st.sampled_from(tuple(METRICS))
+strides = st.sampled_from([(), (1,), (2,), (1, 2), (3, 1), (1, 5), (7,)])
 seeds = st.integers(0, 2**16)
 
 
@@ -65,17 +71,47 @@ def around(view):
     return storage
 
 
-def holds(stored, values):
-    """Whether a tensor holds float32 values, exactly, rounded once to its dtype.
-
-    To the nearest, as compilers and PyTorch round; Triton's interpreter (3.9) cuts bfloat16 off instead.
-    """
+def rounded(values, dtype):
+    """float32 values in a dtype, rounded as the backend under test does: to the nearest, unless it cuts bfloat16."""
     values = values.float()
-    if INTERPRETED and stored.dtype == torch.bfloat16:
-        cut = values.view(torch.int32).bitwise_and(-(2**16)).view(torch.float32)
-        if torch.equal(stored, cut.bfloat16()):
-            return True
-    return torch.equal(stored, values.to(stored.dtype))
+    if dtype == torch.bfloat16 and cuts_bfloat16():
+        values = values.view(torch.int32).bitwise_and(-(2**16)).view(torch.float32)
+    return values.to(dtype)
+
+
+@cache
+def cuts_bfloat16():
+    """Triton's interpreter (3.9) does; compilers and PyTorch round to the nearest."""
+    one, more = torch.ones(1, dtype=torch.bfloat16), torch.full((1,), 3 * 2.0**-9)
+    return INTERPRETED and reuse(one, more, backend=BACKEND).item() == 1
+
+
+def holds(stored, values):
+    """Whether a tensor holds float32 values, exactly, rounded once to its dtype."""
+    return torch.equal(stored, rounded(values, stored.dtype))
+
+
+def check_sums(sums, new, old=None, frame_strides=(), metric="l1"):
+    """The sums of `residual_stats` against float64.
+
+    Of n terms: a rounding each, which together walk at random, and three within a term. Errors are relative to
+    the sum of magnitudes, which of all but the dot product is the sum itself.
+    """
+    n = new.double()
+    columns = [torch.zeros_like(n)] * METRICS[metric]
+    if old is not None:
+        o = old.double()
+        columns = {"l1": [o - n, o], "l2": [(o - n) ** 2, o**2], "cosine": [o * n, o**2, n**2]}[metric]
+        columns = [column.abs() for column in columns] if metric == "l1" else columns
+    for s in frame_strides:
+        later, earlier = n[:, s:], n[:, : max(n.shape[1] - s, 0)]
+        columns += [(later - earlier).abs(), later.abs() + earlier.abs()]
+    expected = torch.stack([column.sum((1, 2, 3)) for column in columns], 1)
+    magnitude = torch.stack([column.abs().sum((1, 2, 3)) for column in columns], 1)
+    assert sums.shape == expected.shape and sums.dtype == torch.float32
+    atol = 2**-24 * (3 + 2 * math.sqrt(new[0].numel())) * magnitude
+    equal = (sums == expected) | (sums.isnan() & expected.isnan())
+    assert (equal | ((sums - expected).abs() <= atol)).all(), f"{sums}\n{expected}"
 
 
 @contextmanager

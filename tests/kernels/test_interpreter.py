@@ -11,13 +11,14 @@ import pytest
 from .kernel_views import INTERPRETED
 
 HERE = Path(__file__).parent
+OPERATIONS = ("residual_stats", "gated_residual", "reuse", "decide", "keep", "metrics", "bytes")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_in_the_interpreter():
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", HERE / "test_residual_stats.py", HERE / "test_reuse.py"],
+        [sys.executable, "-m", "pytest", *(HERE / f"test_{name}.py" for name in OPERATIONS)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

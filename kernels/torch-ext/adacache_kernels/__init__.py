@@ -6,7 +6,27 @@ what runs on a CPU. They know nothing of schedules and models, and they have no 
 """
 
 from . import reference
-from .residual_stats import residual_stats
+from ._checks import METRICS
+from .decide import Motion, Rule, decide, initial_state
+from .gated_residual import gated_residual
+from .keep import keep
+from .metrics import distance, motion, relative_distance
+from .residual_stats import as_frames, residual_stats
 from .reuse import reuse
 
-__all__ = ["reference", "residual_stats", "reuse"]
+__all__ = [
+    "METRICS",
+    "Motion",
+    "Rule",
+    "as_frames",
+    "decide",
+    "distance",
+    "gated_residual",
+    "initial_state",
+    "keep",
+    "motion",
+    "reference",
+    "relative_distance",
+    "residual_stats",
+    "reuse",
+]

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+METRICS = {"l1": 2, "l2": 2, "cosine": 3}  # sums that each distance is made of
+
+
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether there is no memory behind a tensor: a graph is being traced, or shapes are propagated.
+
+    Only then does a call go through torch.library, which costs the host several times what the call itself does.
+    """
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def check_tensor(op: str, name: str, tensor) -> None:
@@ -42,13 +52,23 @@ def check_written(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the address ranges of two views meet; views that interleave in one storage count as well."""
+    """Whether the address ranges of two views meet; views that interleave in one storage count as well.
+
+    What is traced has no addresses: the check is made when the graph runs.
+    """
+    if traced(a) or traced(b):
+        return False
 
     def last(view):
         reach = sum(stride * (size - 1) for stride, size in zip(view.stride(), view.shape, strict=True))
         return view.data_ptr() + reach * view.element_size()
 
     return a.data_ptr() <= last(b) and b.data_ptr() <= last(a)
+
+
+def check_metric(op: str, metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"{op}: metric is {metric!r}, expected one of {', '.join(map(repr, METRICS))}")
 
 
 def same_view(a: torch.Tensor, b: torch.Tensor) -> bool:

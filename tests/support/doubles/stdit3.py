@@ -1,7 +1,8 @@
 """An interface double of Open-Sora 1.2's STDiT3: its block lists, arguments and token layout, at any size.
 
 Spatial and temporal blocks in turn on x [B, T*S, C], frame-major; adaptive layer norm from the timestep,
-self-attention within a frame or along time, cross-attention to the text, an MLP.
+self-attention within a frame or along time, cross-attention to the text, an MLP. Frames that are given, those not in
+`x_mask`, are modulated and gated as at timestep 0. Texts of several lengths are packed into one row.
 """
 
 import torch
@@ -16,6 +17,8 @@ class Attention(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, y: Tensor | None = None, mask=None) -> Tensor:
+        if mask is not None:  # y [1, sum of lengths, C]
+            return torch.cat([self.forward(a, b) for a, b in zip(x.split(1), y.split(mask, dim=1))])
         split = lambda z: z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
         k, v = self.kv(x if y is None else y).chunk(2, -1)
         return self.proj(scaled_dot_product_attention(split(self.q(x)), split(k), split(v)).transpose(1, 2).flatten(2))
@@ -35,23 +38,40 @@ class STDiT3Block(nn.Module):
     def modulation(self, t: Tensor) -> list[Tensor]:
         return (self.scale_shift_table + t.unflatten(1, (6, -1))).split(1, dim=1)
 
-    def attention_residual(self, x: Tensor, t: Tensor, T: int, S: int) -> Tensor:
+    def attention_residual(self, x: Tensor, t: Tensor, T: int, S: int, x_mask=None, t0=None) -> Tensor:
         shift, scale, gate, *_ = self.modulation(t)
-        h = (self.norm1(x) * (1 + scale) + shift).unflatten(1, (T, S))
+        shift0, scale0, gate0, *_ = self.modulation(t if t0 is None else t0)
+        h = select(x_mask, self.norm1(x) * (1 + scale) + shift, self.norm1(x) * (1 + scale0) + shift0, T)
+        h = h.unflatten(1, (T, S))
         if self.temporal:
             h = self.attn(h.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, S)).transpose(1, 2)
         else:
             h = self.attn(h.flatten(0, 1)).unflatten(0, (-1, T))
-        return gate * h.flatten(1, 2)
+        h = h.flatten(1, 2)
+        return select(x_mask, gate * h, gate0 * h, T)
+
+    def mlp_residual(self, x: Tensor, t: Tensor, T: int | None = None, x_mask=None, t0=None) -> Tensor:
+        *_, shift, scale, gate = self.modulation(t)
+        *_, shift0, scale0, gate0 = self.modulation(t if t0 is None else t0)
+        h = self.mlp(select(x_mask, self.norm2(x) * (1 + scale) + shift, self.norm2(x) * (1 + scale0) + shift0, T))
+        return select(x_mask, gate * h, gate0 * h, T)
 
     def rest_residual(self, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        *_, shift, scale, gate = self.modulation(t)
         cross = self.cross_attn(x, y, None)
-        return cross + gate * self.mlp(self.norm2(x + cross) * (1 + scale) + shift)
+        return cross + self.mlp_residual(x + cross, t)
 
     def forward(self, x, y, t, mask=None, x_mask=None, t0=None, T=None, S=None):
-        x = x + self.attention_residual(x, t, T, S)
-        return x + self.rest_residual(x, y, t)
+        x = x + self.attention_residual(x, t, T, S, x_mask, t0)
+        x = x + self.cross_attn(x, y, mask)
+        return x + self.mlp_residual(x, t, T, x_mask, t0)
+
+
+def select(x_mask: Tensor | None, x: Tensor, given: Tensor, T: int | None) -> Tensor:
+    """[B, T*S, C] of the frames in `x_mask` [B, T], and of those given."""
+    if x_mask is None:
+        return x
+    chosen = torch.where(x_mask[:, :, None, None], x.unflatten(1, (T, -1)), given.unflatten(1, (T, -1)))
+    return chosen.flatten(1, 2)
 
 
 class FinalLayer(nn.Module):
@@ -63,7 +83,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, t, x_mask=None, t0=None, T=None, S=None):
         shift, scale = (self.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
-        return self.linear(self.norm(x) * (1 + scale) + shift)
+        shift0, scale0 = (self.scale_shift_table[None] + (t if t0 is None else t0)[:, None]).chunk(2, dim=1)
+        return self.linear(select(x_mask, self.norm(x) * (1 + scale) + shift, self.norm(x) * (1 + scale0) + shift0, T))
 
 
 class STDiT3(nn.Module):
@@ -79,17 +100,28 @@ class STDiT3(nn.Module):
         self.temporal_blocks = nn.ModuleList(STDiT3Block(width, heads, True) for _ in range(depth))
         self.final_layer = FinalLayer(width, channels * 4)
 
-    def forward(self, x, timestep, y, mask=None, x_mask=None):
+    def forward(self, x, timestep, y, mask=None, x_mask=None, fps=None, height=None, width=None, **kwargs):
         B, C, T, H, W = x.shape
         h, w = H // 2, W // 2
         x = x.view(B, C, T, h, 2, w, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, T * h * w, C * 4)
         x = self.x_embedder(x)
-        frequencies = 2 ** torch.arange(8, device=x.device) * (timestep[:, None] / 1000)
-        t = self.t_embedder(torch.cat([frequencies.sin(), frequencies.cos()], dim=1).to(x.dtype))
-        t6 = self.t_block(t)
+        t, t0 = self.embed(timestep), None
+        t6, t06 = self.t_block(t), None
+        if x_mask is not None:
+            t0 = self.embed(torch.zeros_like(timestep))
+            t06 = self.t_block(t0)
+        lengths = None
+        if mask is not None:  # [B, tokens]
+            y, lengths = y[mask != 0].unsqueeze(0), mask.sum(dim=1).tolist()
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks):
-            x = spatial(x, y, t6, mask, x_mask, None, T, h * w)
-            x = temporal(x, y, t6, mask, x_mask, None, T, h * w)
-        x = self.final_layer(x, t, x_mask, None, T, h * w)
+            x = spatial(x, y, t6, lengths, x_mask, t06, T, h * w)
+            x = temporal(x, y, t6, lengths, x_mask, t06, T, h * w)
+        x = self.final_layer(x, t, x_mask, t0, T, h * w)
         x = x.view(B, T, h, w, C, 2, 2).permute(0, 4, 1, 2, 5, 3, 6)
         return x.reshape(B, C, T, H, W)
+
+    def embed(self, timestep: Tensor) -> Tensor:
+        frequencies = 2 ** torch.arange(8, device=timestep.device) * (timestep[:, None] / 1000)
+        return self.t_embedder(
+            torch.cat([frequencies.sin(), frequencies.cos()], dim=1).to(self.t_block[1].weight.dtype)
+        )

@@ -1,0 +1,30 @@
+"""Image transformers (diffusers): FLUX, Stable Diffusion 3 and Qwen-Image. They have no frames, and no MoReg."""
+
+from ..stack import BlockStack
+from . import register
+
+_JOINT = BlockStack(
+    lists=("transformer_blocks",),
+    probe_after="norm2",
+    returns=("encoder_hidden_states", "hidden_states"),
+    modules={"attention": ("attn",), "mlp": ("ff", "ff_context")},
+)
+register("SD3Transformer2DModel", _JOINT)
+register(
+    "FluxTransformer2DModel",
+    BlockStack(
+        lists=("transformer_blocks", "single_transformer_blocks"),
+        probe_after="norm2",
+        returns=_JOINT.returns,
+        modules={"attention": ("attn",), "mlp": ("ff", "ff_context", "proj_out")},
+    ),
+)
+register(
+    "QwenImageTransformer2DModel",
+    BlockStack(
+        lists=("transformer_blocks",),
+        probe_after="img_norm2",
+        returns=_JOINT.returns,
+        modules={"attention": ("attn",), "mlp": ("img_mlp", "txt_mlp")},
+    ),
+)

@@ -1,0 +1,92 @@
+"""Modules that stand in for a model's own during one forward: lists of blocks, blocks, and a block's parts.
+
+A transformer's forward runs as it is; only what its lists hold is exchanged, from its beginning to its end. A
+stand-in shows the parameters and attributes of the module it stands for, so nobody who looks misses a weight.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .kernels import keep, reuse
+
+
+class StandIn(nn.Module):
+    """In the place of `module`, for the hook of a cached transformer, at `key`."""
+
+    def __init__(self, module: nn.Module, hook, key):
+        super().__init__()
+        # Past nn.Module's registration: parameters and children keep the names they have in the model.
+        own = dict(module=module, hook=hook, key=key)
+        own |= {name: module.__dict__[name] for name in ("_parameters", "_buffers", "_modules")}
+        self.__dict__.update(own)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+class Tap(StandIn):
+    """Shows the hook what goes into a block."""
+
+    def forward(self, *args, **kwargs):
+        self.hook.enter(self.key, args, kwargs)
+        if self.module._compiled_call_impl is not None and self.key == self.hook.probe:
+            # Blocks compiled one by one share a graph that sees no hooks, so the probed one runs as written.
+            return self.module._call_impl(*args, **kwargs)
+        return self.module(*args, **kwargs)
+
+
+class BlockTap(Tap):
+    """A computed block: what it added to each of its arguments is kept."""
+
+    def forward(self, *args, **kwargs):
+        result = super().forward(*args, **kwargs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        for name, output in zip(self.hook.stack.carried, outputs):
+            if isinstance(output, Tensor):
+                entered = self.hook.argument(self.key[0], name, args, kwargs)
+                (residual,), _ = keep(output, entered, dtype=output.dtype)
+                self.hook.kept[(*self.key, name)] = residual
+        return result
+
+
+class BlockReplay(StandIn):
+    """A reused block: what it kept is added to its arguments."""
+
+    def forward(self, *args, **kwargs):
+        kept, outputs = self.hook.session.branch.residuals, []
+        for name in self.hook.stack.carried:
+            residual = kept.get((*self.key, name))
+            if residual is not None:
+                entered = self.hook.argument(self.key[0], name, args, kwargs)
+                residual = reuse(entered.to(residual.dtype), residual)
+            outputs.append(residual)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+class Skipped(nn.ModuleList):
+    """A block list of which a loop sees nothing, while parameters and state are there for everybody else."""
+
+    def __init__(self, blocks: nn.ModuleList):
+        self.__dict__.update(vars(blocks))  # without nn.Module's registration, which takes longer than a reused step
+
+    def __iter__(self):
+        return iter(())
+
+    def __len__(self):
+        return 0
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return nn.ModuleList()
+        raise IndexError(f"block {index} of a list that is skipped on a reused step")
+
+
+def replaced(blocks: nn.ModuleList, stand_ins: dict[int, nn.Module]) -> nn.ModuleList:
+    """The list with some of its blocks exchanged."""
+    changed = nn.ModuleList()
+    changed._modules = {name: stand_ins.get(i, block) for i, (name, block) in enumerate(blocks._modules.items())}
+    return changed
