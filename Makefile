@@ -21,12 +21,13 @@ OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= passive
 export OMP_NUM_THREADS OMP_WAIT_POLICY
 
-.PHONY: help install demo test bench lint clean
+.PHONY: help install demo test compat bench lint clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo     generate a video with and without the cache into demo/"
 	@echo "make test     run the tests"
+	@echo "make compat   run the tests of models and pipelines with older releases of diffusers"
 	@echo "make bench    run the benchmarks"
 	@echo "make lint     check style and format"
 	@echo "make install  only make .venv, with all that the other targets need"
@@ -37,6 +38,19 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
+
+# Older releases of diffusers lie in front of the environment's own, with what they need older than it has.
+HTTPX := httpx httpcore h11 anyio sniffio idna certifi
+WITH_0.36.0 := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.1
+WITH_0.40.0 := huggingface-hub==1.33.0
+OLDER := 0.36.0 0.40.0
+
+compat: $(OLDER:%=$(VENV)/diffusers-%/stamp)
+	$(foreach v,$(OLDER),PYTHONPATH=$(VENV)/diffusers-$(v) $(BIN)/python -m pytest tests/test_models.py tests/test_pipelines.py &&) true
+
+$(VENV)/diffusers-%/stamp: $(VENV)/dev.stamp
+	$(PIP) install -q --no-deps --target $(@D) diffusers==$* $(WITH_$*) $(HTTPX)
+	touch $@
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only

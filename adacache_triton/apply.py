@@ -60,7 +60,7 @@ class AdaCacheHandle:
         ran = self._in_run()
         num_steps = sum(each.session.schedule.num_steps for each in ran)
         kept = max((each.session.kept_bytes for each in ran), default=0)
-        return Report(num_steps, tuple(step for each in ran for step in each.steps()), kept)
+        return Report(num_steps, tuple(step for each in ran for step in each.steps()), kept, self.config.granularity)
 
     @property
     def current(self) -> Step | None:

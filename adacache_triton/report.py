@@ -16,11 +16,13 @@ class Report:
         num_steps: steps that the run has in all; 0 before the first forward.
         steps: a record of each step begun.
         kept_bytes: the most that was kept at a time, over all guidance branches.
+        granularity: what kept a residual.
     """
 
     num_steps: int
     steps: tuple[Step, ...]
     kept_bytes: int
+    granularity: str = "stack"
 
     @property
     def computed_steps(self) -> list[int]:
@@ -31,6 +33,7 @@ class Report:
             "num_steps": self.num_steps,
             "computed_steps": self.computed_steps,
             "kept_bytes": self.kept_bytes,
+            "granularity": self.granularity,
             "steps": [s.to_dict() for s in self.steps],
         }
 
@@ -40,7 +43,8 @@ class Report:
     def __str__(self) -> str:
         done, computed = len(self.steps), len(self.computed_steps)
         lines = [
-            f"{computed} of {done} steps computed ({self.num_steps} in the run), {self.kept_bytes:,} bytes kept",
+            f"{computed} of {done} steps computed ({self.num_steps} in the run), {self.kept_bytes:,} bytes kept "
+            f"by {self.granularity}",
             "step  what     distance  motion M  seen      rate",
         ]
         for s in self.steps:

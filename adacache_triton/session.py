@@ -40,6 +40,7 @@ class Branch:
         residuals: what the block stack added at step `computed`, a tensor for each of its streams; what each block
             or module added, where these are cached one by one.
         probes: the probe's attention residual of that step, [B, T, S, C], for each stream.
+        held: whether a later call found conditions alive: a pipeline that holds them does so until its run ends.
         computed: the step that both are of; 0 before the first.
         called: the step of the last call.
     """
@@ -49,6 +50,7 @@ class Branch:
     conditions: tuple[weakref.ref, ...]
     residuals: dict[Hashable, Any] = field(default_factory=dict)
     probes: dict[int, Tensor] = field(default_factory=dict)
+    held: bool = False
     computed: int = 0
     called: int = 0
 
@@ -65,7 +67,9 @@ class Branch:
     def condition(self, tensors: tuple[Tensor, ...]) -> bool | None:
         """Whether a call with these conditions is this branch; None where no tensor outlived its call."""
         alive = [(old(), new) for old, new in zip(self.conditions, tensors) if old() is not None]
-        return all(old is new for old, new in alive) if alive else None
+        if not alive:
+            return False if self.held else None
+        return all(old is new for old, new in alive)
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,7 @@ class Session:
             known = [b for b in self.branches[moment.call - 1 :][:1] if b.condition(call.conditions) is None]
         found = next((b for b in known if b.called != moment.step), None)
         if found is not None and found.signature == call.signature:
+            found.held = found.held or bool(found.condition(call.conditions))
             return found
         branch = Branch(call.signature, call.name, tuple(map(weakref.ref, call.conditions)))
         if found is None:

@@ -40,7 +40,7 @@ part() { # part NAME SECONDS COMMAND...: run once, with its own time limit, and 
 }
 
 kernels() { # kernels NAME SECONDS RUNS: those that a pytest expression chooses
-  part "kernels-$1" "$2" "$python" -m pytest benchmarks --benchmark-only -k "$3" --benchmark-json "$results/kernels-$1.json"
+  part "kernels-$1" "$2" "$python" -m pytest benchmarks/test_kernels.py --benchmark-only -k "$3" --benchmark-json "$results/kernels-$1.json"
 }
 
 compiled='(torch.compile or max-autotune)'

@@ -16,12 +16,13 @@ UNMEASURED = "Not measured on a GPU yet: `bash benchmarks/gpu.sh` does it where 
 
 
 def rows_of(files: Iterable[Path]) -> list[dict]:
-    """The rows in files that `pytest benchmarks --benchmark-json FILE` wrote; of a run made twice, the last."""
+    """The kernels' rows in what `pytest benchmarks --benchmark-json FILE` wrote; of a run made twice, the last."""
     found = {}
     for file in files:
         for benchmark in json.loads(file.read_text())["benchmarks"]:
-            row = benchmark["extra_info"]
-            found[row["operation"], row["model"], row["what"], row["contender"]] = row
+            if benchmark["name"].startswith("test_kernel["):
+                row = benchmark["extra_info"]
+                found[row["operation"], row["model"], row["what"], row["contender"]] = row
     return list(found.values())
 
 

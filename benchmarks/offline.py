@@ -39,7 +39,7 @@ CHIPS = {
 ACCESS = re.compile(
     r"\b(?:(?:LDG|STG|LDL|STL|LD|ST|ATOMG?|RED)\b[\w.]*|(?:global|buffer|flat|scratch)_(?:load|store|atomic)_\w+)"
 )
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 def absent(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -16,9 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def measured(tmp_path_factory):
     """The file of a run of all the kernels."""
     file = tmp_path_factory.mktemp("rows") / "kernels.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-json", file]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # small shapes on a machine with a GPU too
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "--benchmark-only"]
+    run = subprocess.run(
+        [*command, "--benchmark-json", file],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # small shapes on a machine with a GPU too
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, f"\n{run.stdout}\n{run.stderr}"
     return file
 

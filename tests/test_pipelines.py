@@ -1,5 +1,6 @@
 """Whole diffusers pipelines, tiny and untrained, under the cache: which steps run their blocks, and what comes out."""
 
+import diffusers
 import pytest
 import torch
 from doubles.outputs import tensors
@@ -140,3 +141,25 @@ def test_windows_of_a_longer_video_are_runs_of_their_own(pipeline):
     for window in windows:
         reasons = [reason for schedule, reason in begun if id(schedule) == window][::2]
         assert reasons == ["first", "rate", "reused", "reused", "rate", "reused", "tail", "tail"]
+
+
+@pytest.mark.parametrize("pipeline", ["wan"], indirect=True)
+def test_a_second_order_scheduler_calls_the_model_twice_a_step(pipeline):
+    """What counts are the model's calls: 2 N - 1 of them, the last two of which are computed."""
+    _, pipe, run = pipeline
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    handle = apply_adacache(pipe, CONFIG)
+    run()
+    report = handle.report()
+    assert report.num_steps == 2 * STEPS - 1 and report.computed_steps == [1, 2, 5, 8, 11, 14, 15]
+
+
+@pytest.mark.parametrize("pipeline", ["wan_v2v"], indirect=True)
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 4), (0.9, 7)])
+def test_a_run_that_starts_from_a_video(pipeline, strength, steps):
+    _, pipe, _ = pipeline
+    handle = apply_adacache(pipe, CONFIG)
+    pipe(**PIPELINES["wan_v2v"].make(STEPS)[1] | {"num_inference_steps": STEPS, "strength": strength})
+    report = handle.report()
+    assert report.num_steps == steps
+    assert report.computed_steps == {4: [1, 2, 3, 4], 7: [1, 2, 5, 6, 7]}[steps]

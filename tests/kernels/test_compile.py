@@ -29,7 +29,8 @@ if not (offline.TOOLS / "nvdisasm").exists():
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
-# A thread's, on NVIDIA. With 64, eight programs of 128 threads fit a multiprocessor, with 32 all it has slots for.
+# A thread's. With 64, eight programs of 128 threads fit a multiprocessor, with 32 all it has slots for. For sm_100 the
+# compiler takes some more, with which seven fit; on gfx942 128 vector registers leave four waves on each SIMD.
 REGISTERS = {
     "residual_stats": 64,
     "gated_residual": 64,
@@ -60,23 +61,29 @@ def test_kernel_for(chip, case):
     resources = offline.resources(chip, *launch)
     accesses = resources.accesses
     print(f"{chip}, {case}: {resources.registers} registers, {dict(accesses)}")
+    promised = MORE.get(str(case), REGISTERS[case.operation])
     assert resources.spilled == 0
-    assert resources.registers <= (128 if chip == "gfx942" else MORE.get(str(case), REGISTERS[case.operation]))
+    assert resources.registers <= {"sm_100": promised + 8, "gfx942": 128}.get(chip, promised)
     if case.operation == "decide":  # a few hundred bytes
         return
     assert set(accesses) <= WIDE | NARROW and set(accesses) & WIDE
     assert sum(accesses[name] for name in NARROW) <= SCALARS[case.operation]
 
 
-# From float32. A bfloat16 sum of two bfloat16 numbers, which is the same bits, becomes one instruction.
-ROUNDED = [case for case in CASES if case.what.endswith("float32, kept bfloat16") or case.what == "kept float32"]
-ROUNDED = [case for case in ROUNDED if str(case) != "residual_stats, Open-Sora 720p, kept float32"]
+# From float32 to bfloat16. (A bfloat16 sum of two bfloat16 numbers becomes one instruction: the bits are the same.)
+ROUNDED = (
+    "residual_stats, Open-Sora 720p, float32, kept bfloat16",
+    "gated_residual, Wan 14B 720p",
+    "reuse, Wan 14B 720p, kept float32",
+    "keep, Wan 14B 720p, depth 2, float32, kept bfloat16",
+)
 
 
-@pytest.mark.parametrize("case", ROUNDED, ids=str)
+@pytest.mark.parametrize("case", ROUNDED)
 def test_bfloat16_is_rounded_to_the_nearest(case):
     """Which the interpreter does not do."""
-    (launch,) = offline.launched(case.bind(offline.absent)).kernels
+    bind = {str(case): case.bind for case in CASES}[case]
+    (launch,) = offline.launched(bind(offline.absent)).kernels
     roundings = re.findall(r"cvt\.(\w+)\.bf16(?:x2)?\.f32", offline.resources("sm_90", *launch).assembly)
     assert set(roundings) == {"rn"}
 

@@ -5,7 +5,7 @@ residual to the hidden state in place of the blocks. `reference` holds both in p
 what runs on a CPU. They know nothing of schedules and models, and they have no backward.
 """
 
-from . import reference
+from . import layers, reference
 from ._checks import METRICS
 from .decide import Motion, Rule, decide, initial_state
 from .gated_residual import gated_residual
@@ -24,6 +24,7 @@ __all__ = [
     "gated_residual",
     "initial_state",
     "keep",
+    "layers",
     "motion",
     "reference",
     "relative_distance",

@@ -53,7 +53,7 @@ def _residual(t, mask, branch, gate, GATE_MOVES: tl.constexpr):
 @jit(do_not_specialize=["frames", "tiles", "slots"])
 def _gated_residual_kernel(
     out_ptr, hidden_ptr, branch_ptr, kept_ptr, gate_ptr,  # [B, T, S, C]; the gate's B, T, S may be 1
-    partial_ptr,  # [B, DISTANCES + 2 * strides, slots], or None
+    partial_ptr,  # [DISTANCES + 2 * strides, programs], or None
     out_batch, out_frame, out_token, hidden_batch, hidden_frame, hidden_token,  # strides, in elements
     branch_batch, branch_frame, branch_token, kept_batch, kept_frame, kept_token,
     gate_batch, gate_frame, gate_token,
@@ -105,6 +105,9 @@ def _gated_residual_kernel(
         if partial_ptr is not None:
             y = tl.load(kept_ptr + t * kept_frame + kept_tile, mask=inside, other=0.0).to(tl.float32)
             distance = add_distance(distance, x, y, METRIC, WIDTH)
+        store_tile(out_ptr + t * out_frame, hidden + x, start, plane, out_token, CHANNELS, BLOCK, WIDTH)
+        store_tile(kept_ptr + t * kept_frame, x, start, plane, kept_token, CHANNELS, BLOCK, WIDTH)
+        if partial_ptr is not None:
             earlier = ()
             for i in tl.static_range(len(FRAME_STRIDES)):
                 if FRAME_STRIDES[i] == 1:
@@ -115,11 +118,8 @@ def _gated_residual_kernel(
                     earlier += (_residual(t - s, some, branch, gate, GATE_MOVES),)
             motion = add_motion(motion, x, earlier, t, frames, FRAME_STRIDES, WIDTH)
             before = residual
-        store_tile(out_ptr + t * out_frame, hidden + x, start, plane, out_token, CHANNELS, BLOCK, WIDTH)
-        store_tile(kept_ptr + t * kept_frame, x, start, plane, kept_token, CHANNELS, BLOCK, WIDTH)
     if partial_ptr is not None:
-        partial_ptr += batch * (DISTANCES + 2 * len(FRAME_STRIDES)) * slots + slot
-        store_sums(partial_ptr, distance + motion, slots)
+        store_sums(partial_ptr + pid, distance + motion, tl.num_programs(0))
 
 
 def launch_for(batch: int, frames: int, plane: int, narrow: int) -> Launch:
@@ -147,7 +147,7 @@ def _launch(hidden, branch, gate, kept, measure, frame_strides, metric, out):
     partial = None
     if measure:
         columns = METRICS[metric] + 2 * len(frame_strides)
-        partial = torch.empty(batch, columns, slots, dtype=torch.float32, device=hidden.device)
+        partial = torch.empty(columns, batch, slots, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
         _gated_residual_kernel[(batch * slots,)](
             out, hidden, branch, kept, gate, partial,
@@ -159,7 +159,7 @@ def _launch(hidden, branch, gate, kept, measure, frame_strides, metric, out):
             BLOCK=launch.block, SPAN=launch.span, WIDTH=16 // narrow, num_warps=launch.warps,
             enable_fp_fusion=False,  # product and sum are rounded one by one, as PyTorch rounds them
         )  # fmt: skip
-        return partial.sum(-1) if measure else None
+        return partial.transpose(0, 1).sum(-1) if measure else None
 
 
 def gated_residual(

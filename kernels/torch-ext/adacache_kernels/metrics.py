@@ -149,9 +149,9 @@ def _frames(new: torch.Tensor, old: torch.Tensor) -> list[torch.Tensor] | None:
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Infinity unless both are finite and the ratio exists."""
-    exists = numerator.isfinite() & denominator.isfinite() & (denominator != 0)
-    return torch.where(exists, numerator / denominator, torch.inf)
+    """Infinity unless both are finite and the ratio exists: x - x is 0, or NaN of what is not finite."""
+    checked = numerator / denominator + (numerator - numerator) + (denominator - denominator)
+    return checked.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
 
 
 def _check_sums(op: str, sums: torch.Tensor, metric: str) -> None:

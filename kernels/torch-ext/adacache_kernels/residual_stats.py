@@ -31,7 +31,7 @@ OP = "residual_stats"
 
 @jit(do_not_specialize=["frames", "tiles", "slots"])
 def _residual_stats_kernel(
-    new_ptr, old_ptr, partial_ptr,  # [B, T, S, C], [B, T, S, C], [B, DISTANCES + 2 * strides, slots]
+    new_ptr, old_ptr, partial_ptr,  # [B, T, S, C], [B, T, S, C], [DISTANCES + 2 * strides, programs]
     new_batch, new_frame, new_token, old_batch, old_frame, old_token,  # strides, in elements
     frames, plane, tiles, slots,  # T, S * C, tiles of the plane, programs of a sample
     CHANNELS: tl.constexpr,  # C, or None where (S, C) is one contiguous axis in both tensors
@@ -79,8 +79,7 @@ def _residual_stats_kernel(
                 earlier += (tl.load(new_ptr + (t - s) * new_frame + new_tile, mask=some, other=0.0),)
         motion = add_motion(motion, x, earlier, t, frames, FRAME_STRIDES, WIDTH)
         before = loaded
-    out = partial_ptr + batch * (DISTANCES + 2 * len(FRAME_STRIDES)) * slots + slot
-    store_sums(out, distance + motion, slots)
+    store_sums(partial_ptr + pid, distance + motion, tl.num_programs(0))
 
 
 def launch_for(batch: int, frames: int, plane: int, narrow: int, wide: int, columns: int) -> Launch:
@@ -106,7 +105,7 @@ def _launch(
     launch = launch_for(batch, frames, plane, narrow, wide, columns)
     tiles = cdiv(plane, launch.block)
     slots = tiles * cdiv(frames, launch.span)
-    partial = torch.empty(batch, columns, slots, dtype=torch.float32, device=new.device)
+    partial = torch.empty(columns, batch, slots, dtype=torch.float32, device=new.device)
     with torch.cuda.device_of(new):
         _residual_stats_kernel[(batch * slots,)](
             new, kept, partial,
@@ -117,7 +116,7 @@ def _launch(
             FRAME_STRIDES=frame_strides, HAS_OLD=old is not None, REFRESH=refresh,
             BLOCK=launch.block, SPAN=launch.span, WIDTH=16 // narrow, num_warps=launch.warps,
         )  # fmt: skip
-        return partial.sum(-1)
+        return partial.transpose(0, 1).sum(-1)
 
 
 def residual_stats(
