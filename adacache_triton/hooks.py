@@ -115,6 +115,7 @@ class StackHook:
         if model is not None:
             for method, tell in self._tells.items():
                 Watched.off(model, method, tell)
+        self.session = None  # what somebody has wrapped of ours does nothing from now on
 
     @contextmanager
     def _named(self, context, name: str, *args, **kwargs):

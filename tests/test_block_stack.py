@@ -37,7 +37,10 @@ def test_a_wrong_field_is_named_and_nothing_is_applied(change, message):
     [
         ({"lists": ["spatial_blocks"]}, "BlockStack.lists: expected a tuple of attribute paths, got ['spati"),
         ({"probe_list": "blocks"}, "BlockStack.probe_list: expected one of ('spatial_blocks', 'temporal_blocks'), got"),
-        ({"layout": "b t s c"}, "BlockStack.layout: expected one of ('b (t s) c', '(b t) s c', '(b s) t c', '(t s) c'), got"),
+        (
+            {"layout": "b t s c"},
+            "BlockStack.layout: expected one of ('b (t s) c', '(b t) s c', '(b s) t c', '(t s) c'), got",
+        ),
     ],
 )
 def test_a_description_that_contradicts_itself(change, message):

@@ -8,10 +8,12 @@ from dataclasses import replace
 from functools import cache, partial
 
 import accelerate
+import diffusers
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_first_block_cache, apply_group_offloading
+from packaging.version import Version
 from tiny_models import MODELS, sample
 from tiny_pipelines import PIPELINES
 from torch import nn
@@ -23,6 +25,7 @@ from adacache_triton.hooks import DROPPING
 STEPS = 8
 CONFIG = AdaCacheConfig(Codebook((1e6,), (3, 1)))  # every comparison gives rate 3
 COMPUTED, REUSED = [1, 2, 5, 7, 8], [3, 4, 6]
+KINDS = [*(("wan", granularity) for granularity in GRANULARITIES), ("latte", "stack")]
 EVERY_STEP = AdaCacheConfig(Codebook((1e-9,), (1, 1)))
 CPU = torch.device("cpu")
 
@@ -88,6 +91,8 @@ def offload_sequentially(pipe) -> None:
 
 
 def offload_groups(pipe, **kind) -> None:
+    if Version(diffusers.__version__) < Version("0.42") and not torch.accelerator.is_available():
+        pytest.skip("diffusers before 0.42 offloads groups only where there is an accelerator")
     apply_group_offloading(pipe.transformer, onload_device=CPU, offload_device=CPU, **kind)
 
 
@@ -118,7 +123,7 @@ def joined(model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("company", COMPANY)
-@pytest.mark.parametrize(("name", "granularity"), [*[("wan", g) for g in GRANULARITIES], ("latte", "stack")])
+@pytest.mark.parametrize(("name", "granularity"), KINDS)
 def test_company_before_and_after(name, company, granularity):
     config, pipe = replace(CONFIG, granularity=granularity), made(name)
     COMPANY[company](pipe)
@@ -339,12 +344,11 @@ def test_the_module_tree_is_itself_between_forwards_and_after(name, granularity)
     except (ValueError, TypeError):
         assert tree(model) == before, "what is refused leaves nothing"
         return
-    for _ in range(2):
-        with handle.run():
-            for _ in range(4):
-                model(**tiny.inputs())
-                assert [(n, type(m), id(m)) for n, m in model.named_modules()] == names
-        assert handle.report().computed_steps == [1, 2]
+    with handle.run():
+        for _ in range(3):
+            model(**tiny.inputs())
+            assert [(n, type(m), id(m)) for n, m in model.named_modules()] == names
+    assert handle.report().computed_steps == [1, 2]
     assert list(model.state_dict()) == list(state)
     handle.remove()
     assert tree(model) == before
@@ -355,9 +359,8 @@ def test_the_module_tree_is_itself_between_forwards_and_after(name, granularity)
 
 
 @pytest.mark.parametrize("when", ["before a run", "within", "after"])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-@pytest.mark.parametrize("name", ["wan", "latte"])
+@pytest.mark.parametrize(("name", "granularity"), KINDS)
 def test_copies_are_uncached_and_independent(name, duplicate, granularity, when):
     pipe, copies, plain = made(name), [], video(made(name), name)
     handle = apply_adacache(pipe, replace(CONFIG, granularity=granularity))
@@ -605,8 +608,7 @@ def test_a_forward_of_another_thread_is_none_of_a_pipelines_run():
 # Exceptions.
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", ["wan", "latte", "hunyuan_video"])
+@pytest.mark.parametrize(("name", "granularity"), [*KINDS, ("hunyuan_video", "stack")])
 def test_an_exception_inside_a_block(name, granularity):
     pipe = made(name)
     handle = apply_adacache(pipe, replace(CONFIG, granularity=granularity))
@@ -618,7 +620,7 @@ def test_an_exception_inside_a_block(name, granularity):
     for path in handle._cached[0].hook.stack.lists:
         blocks = pipe.transformer.get_submodule(path)
         for block in (blocks[0], blocks[-1]):
-            for step in (1, 2, 5):
+            for step in (1, 5):
 
                 def fail(*_, step=step):
                     if handle.current.step == step:

@@ -366,6 +366,24 @@ def test_a_copy_of_the_class_conditional_model_is_uncached_and_it_is_freed_at_on
         gc.enable()
 
 
+def test_removed_beneath_a_wrapper_that_came_later():
+    """As offloading puts one around `forward`, and takes it off when it likes."""
+    model = CLASS.model().eval()
+    plain = denoise(CLASS, model)
+    handle = apply_adacache(model, CONFIG)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert not same(denoise(CLASS, model), plain)
+    assert reasons(handle) == SCHEDULE
+    handle.remove()
+    assert same(denoise(CLASS, model), plain) and reasons(handle) == SCHEDULE
+    model.forward = inner
+    assert same(denoise(CLASS, model), plain)
+    handle = apply_adacache(model, CONFIG)
+    denoise(CLASS, model)
+    assert reasons(handle) == SCHEDULE
+
+
 def test_a_forward_past_the_hooks_is_said():
     model = CLASS.model().eval()
     handle = apply_adacache(model, CONFIG, stack=dataclasses.replace(stack_of(model), direct=False))

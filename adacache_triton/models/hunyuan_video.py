@@ -26,7 +26,7 @@ register(
     ),
 )
 register("HunyuanVideo15Transformer3DModel", replace(_HUNYUAN, lists=("transformer_blocks",)))
-# Where its blocks have text cross-attention, that is measured with attention: it gets attention's output, not the stream.
+# Text cross-attention, where its blocks have it, is measured with attention: no module gets the stream in between.
 register(
     "MotifVideoTransformer3DModel",
     replace(_HUNYUAN, modules=_HUNYUAN.modules | {"cross_attention": ("cross_attn",)}),
