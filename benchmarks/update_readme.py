@@ -1,7 +1,8 @@
 """Put measured numbers and pictures into the README.
 
-    python benchmarks/update_readme.py demo               a folder that `make demo` wrote
-    python benchmarks/update_readme.py GPU/kernels*.json  rows that `pytest benchmarks --benchmark-json` wrote on a GPU
+    python benchmarks/update_readme.py                    the tables, from the rows that are there
+    python benchmarks/update_readme.py demo               and a folder that `make demo` wrote
+    python benchmarks/update_readme.py GPU/kernels*.json  and rows that `pytest benchmarks --benchmark-json` wrote on a GPU
 
 Its tables are written from the demo's `report.json` and from the rows in `benchmarks/results/`; nothing in them is
 typed by hand.
@@ -24,11 +25,11 @@ RESULTS = ROOT / "benchmarks/results"
 
 def main(paths: list[Path]) -> None:
     (ROOT / "docs").mkdir(exist_ok=True)
-    if paths[0].is_dir():
+    if paths and paths[0].is_dir():
         for name in ("contact_sheet.png", "schedule.png"):
             shutil.copy(paths[0] / name, ROOT / "docs" / name)
         shutil.copy(paths[0] / "report.json", RESULTS / "demo.json")
-    else:
+    elif paths:
         rows = kernel_rows.rows_of(paths)
         if any(row["device"].startswith("cpu") for row in rows):
             raise SystemExit("rows of a CPU show that the benchmarks run, not how fast the kernels are")
@@ -48,6 +49,7 @@ def tables() -> dict[str, str]:
         "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
         "classes": class_table(),
         "kernels": kernel_rows.table(kernel_rows.load()),
+        "models": "\n" + (ROOT / "docs" / "models.md").read_text().rpartition("\n\n")[2],
     }
 
 
