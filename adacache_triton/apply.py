@@ -16,8 +16,10 @@ from .report import Report
 from .schedule import Step
 from .session import Session
 from .stack import BlockStack, Located
+from .watched import Watched
 
 _MARK = "_adacache_handle"
+FREE = "maybe_free_model_hooks"  # what a diffusers pipeline calls at the end of a call
 TRANSFORMERS = ("transformer", "transformer_2")  # the second takes the later steps of a run, as in Wan 2.2
 
 
@@ -30,6 +32,12 @@ class _Cached:
         self.session = Session(config, clock)
         self.hook = StackHook(transformer, located, self.session)
 
+    def finish(self, *_, **__) -> None:
+        """A pipeline's call is over, however far its loop came."""
+        self.clock.restart()
+        self.session.settle()
+        self.session.forget()
+
     def steps(self) -> list[Step]:
         """The records so far, numbered as the pipeline's steps."""
         return [replace(s, step=s.step + self.session.earlier) for s in self.session.steps()]
@@ -38,8 +46,12 @@ class _Cached:
 class AdaCacheHandle:
     """What was cached: what it did, and the way back."""
 
-    def __init__(self, config: AdaCacheConfig, cached: list[_Cached]):
+    def __init__(self, config: AdaCacheConfig, cached: list[_Cached], pipeline=None):
         self.config, self._cached = config, cached
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        if hasattr(pipeline, FREE):
+            for each in cached:
+                Watched.on(pipeline, FREE, each.finish)
         self._removed: Report | None = None  # the last report of a handle that was removed
         for each in cached:
             setattr(each.model(), _MARK, self)
@@ -75,9 +87,7 @@ class AdaCacheHandle:
     def reset(self) -> None:
         """Drop what is kept: the next forward is computed, as the first of a new run."""
         for each in self._cached:
-            each.clock.restart()
-            each.session.settle()
-            each.session.forget()
+            each.finish()
 
     @contextmanager
     def run(self):
@@ -107,6 +117,8 @@ class AdaCacheHandle:
                 if model is not None:
                     delattr(model, _MARK)
                 each.hook.remove()
+                if self._pipeline is not None and self._pipeline() is not None:
+                    Watched.off(self._pipeline(), FREE, each.finish)
                 each.clock.stop()
                 each.session.forget()
 
@@ -121,7 +133,7 @@ def apply_adacache(
     config: AdaCacheConfig,
     *,
     stack: BlockStack | None = None,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
 ) -> AdaCacheHandle:
     """Cache a video diffusion transformer.
 
@@ -131,8 +143,9 @@ def apply_adacache(
         config: when to compute; `AdaCacheConfig.official(...)` for the paper's presets. A pipeline says itself
             how many steps a run has; for a bare transformer `config.num_steps` must.
         stack: description of the blocks, for a class that the package does not know.
-        calls_per_step: bare transformers only: forwards in one denoising step (2 where the two halves of
-            classifier-free guidance are separate calls).
+        calls_per_step: forwards in every denoising step, in one order: 2 where the two halves of classifier-free
+            guidance are separate calls. None: 1 for a bare transformer; a pipeline's calls are told apart by the
+            names that it gives them, or by the conditions that it holds on to, and computed where that fails.
 
     Returns:
         AdaCacheHandle: `report()`, `reset()`, `remove()`.
@@ -142,7 +155,9 @@ def apply_adacache(
     """
     if not isinstance(config, AdaCacheConfig):
         raise TypeError(f"config: expected an AdaCacheConfig, got {config!r}")
-    if isinstance(calls_per_step, bool) or not isinstance(calls_per_step, int) or calls_per_step < 1:
+    if calls_per_step is not None and (
+        isinstance(calls_per_step, bool) or not isinstance(calls_per_step, int) or calls_per_step < 1
+    ):
         raise ValueError(f"calls_per_step: expected an integer >= 1, got {calls_per_step!r}")
     pipeline = None if isinstance(pipeline_or_transformer, nn.Module) else pipeline_or_transformer
     transformers = {"transformer": pipeline_or_transformer}
@@ -155,6 +170,8 @@ def apply_adacache(
             "pipeline_or_transformer: expected a transformer, or a pipeline with `transformer` and `scheduler`, "
             f"got {got}"
         )
+    if len(set(map(id, transformers.values()))) < len(transformers):
+        raise ValueError("transformer_2: expected another module than transformer, got the same")
     located = {name: _locate(name, transformer, config, stack) for name, transformer in transformers.items()}
     if pipeline is not None and config.num_steps is not None:
         expected = "expected None for a pipeline, which says how many steps a run has"
@@ -164,11 +181,11 @@ def apply_adacache(
     cached = []
     for name, transformer in transformers.items():
         if pipeline is not None:
-            clock = PipelineClock(pipeline, _share(pipeline, name))
+            clock = PipelineClock(pipeline, _share(pipeline, name), calls_per_step is not None)
         else:
-            clock = TimestepClock(config.num_steps, calls_per_step, located[name].stack.timestep)
+            clock = TimestepClock(config.num_steps, calls_per_step or 1, located[name].stack.timestep)
         cached.append(_Cached(transformer, located[name], config, clock))
-    return AdaCacheHandle(config, cached)
+    return AdaCacheHandle(config, cached, pipeline)
 
 
 def _locate(name: str, transformer: nn.Module, config: AdaCacheConfig, stack: BlockStack | None) -> Located:

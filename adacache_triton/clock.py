@@ -7,6 +7,7 @@ threads are not of one run.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ class PipelineClock:
 
     Args:
         pipeline: with `scheduler`.
+        promised: whether every step calls the transformer equally often, in one order.
         share: whether a timestep is one of this transformer's, where another takes the rest of a run. None: all are.
     """
 
-    def __init__(self, pipeline, share: Callable[[float], bool] | None = None):
-        self._pipeline, self._share = weakref.ref(pipeline), share
+    def __init__(self, pipeline, share: Callable[[float], bool] | None = None, promised: bool = False):
+        self._pipeline, self._share, self.promised = weakref.ref(pipeline), share, promised
         self._scheduler = None
         self._generation = self._step = self._call = 0
         self._watch(pipeline.scheduler)
@@ -87,7 +89,9 @@ class PipelineClock:
     def read(self, arguments: Mapping[str, Any]) -> Moment | None:
         pipeline = self._pipeline()
         if pipeline is not None and pipeline.scheduler is not self._scheduler:
-            self._watch(pipeline.scheduler)  # the user has put another one in
+            self._watch(pipeline.scheduler)  # the user has put another one in, which may have begun already
+            begun, skipped = (getattr(self._scheduler, name, None) or 0 for name in ("step_index", "begin_index"))
+            self._step = max(begun - skipped, 0)
         if self._thread != get_ident():
             self._thread = get_ident()
             self.restart()
@@ -135,6 +139,8 @@ class TimestepClock:
     not read a timestep, which waits for the device where it lies on one.
     """
 
+    promised = True  # how often a step calls the transformer
+
     def __init__(self, num_steps: int, calls_per_step: int, timestep: str):
         self._num_steps, self._calls, self._timestep = num_steps, calls_per_step, timestep
         self._generation = 0
@@ -170,6 +176,12 @@ class TimestepClock:
         if value == self._value and self._call < self._calls:
             return
         change = 0.0 if self._value is None else value - self._value
+        if change == 0 and self._value is not None:
+            warnings.warn(
+                f"AdaCache: {self._timestep} repeats, so nothing is reused; where a step calls the transformer more "
+                "than once, as for the two halves of guidance, say so by calls_per_step",
+                stacklevel=5,
+            )
         if change == 0 or change * self._direction < 0:
             self.restart()
         else:

@@ -146,7 +146,8 @@ class StackHook:
         self._before: list[Tensor | None] = [None] * streams  # in the probed block, attention to come
         self._exits: list[Tensor | None] = [None] * streams  # inputs of the exits
         self._measured: list[tuple[int, Tensor]] = []  # in a graph, to be observed after it
-        self.kept: dict[Hashable, Any] = {}  # residuals of blocks or modules
+        self.kept: dict[Hashable, Any] = {}  # residuals of blocks
+        self.check: Tensor | float = 0.0  # finite as long as all that is kept one by one is
 
     def _abort(self) -> None:
         self._open = None
@@ -187,7 +188,14 @@ class StackHook:
             self._batch = 1 if stack.layout == "(t s) c" else latents.shape[0]
             self._frames = self._count_frames(model, call.arguments)
             self._tokens = stack.tokens(model, call.arguments) if stack.tokens else None
+        if self.session.doubted:
+            self._warn(
+                "the calls of a step cannot be told apart, so they are computed; where every step makes as many, in "
+                "one order, say so by calls_per_step"
+            )
         self.mode = mode
+        if self._watching and (root is not model or any(m._compiled_call_impl is not None for m in model.modules())):
+            self._unwatch()  # a graph would hold these hooks, and another would be made without them
         if mode is not Mode.PLAIN:
             for path in (*stack.lists, *stack.aside):
                 parent, _, name = path.rpartition(".")
@@ -220,7 +228,8 @@ class StackHook:
         if self._entry is None:
             self._entry = (key[0], args, kwargs)
         if key == self.probe:
-            self._before = [self.argument(key[0], s.hidden, args, kwargs) for s in self.stack.streams]
+            # In place: behind flex attention, a graph loses what is set on an object.
+            self._before[:] = [self.argument(key[0], s.hidden, args, kwargs) for s in self.stack.streams]
 
     def _approach(self, stream: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.mode is Mode.COMPUTE and self._before[stream] is not None:
@@ -259,20 +268,26 @@ class StackHook:
 
     def _check_lists(self) -> None:
         """After the first reused step: what runs inside the stack on a computed step must not run on this one."""
-        for handle in self._watching:
-            handle.remove()
+        self._unwatch()
         missed = sorted(self._seen[Mode.COMPUTE] & self._seen[Mode.REUSE])
-        if self._watching and missed:
+        if missed:
             raise ValueError(
                 f"BlockStack.lists: expected {missed[0]!r} among them: its blocks run inside the stack, and would run "
                 "on a reused step as well"
             )
+
+    def _unwatch(self) -> None:
+        for handle in self._watching:
+            handle.remove()
         self._watching = []
 
     def probed_view(self, key: tuple, place: int):
         """How to see the output of a module as frames where it is the probed attention, else None."""
         attention = self.stack.modules.get("attention", ())[:1]
-        if self._before[0] is None or key != (*self.probe, *attention, 0) or place or self._tokens is not None:
+        probed = key == (*self.probe, *attention, 0) and place == 0 and self.stack.attention_alone
+        if dict(self.session.config.modules or ()).get("attention") is not None:
+            return None  # it is computed between the steps that are compared, too
+        if not probed or self._before[0] is None or self._tokens is not None:
             return None
         return lambda x: self.stack.view(x, self._batch, self._frames)
 
@@ -282,6 +297,9 @@ class StackHook:
         self.session.observed(residual, sums)
 
     def _leave(self, stream: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        if self.mode is not Mode.PLAIN and not args:
+            exit = self.stack.streams[stream].exit
+            raise ValueError(f"BlockStack.exit: expected {exit!r} to get the stream by position, got {list(kwargs)}")
         if not self._begun and self.session is not None:
             self._warn(
                 f"BlockStack.direct: {type(self._model()).__name__}.forward was called past PyTorch's hooks, nothing "

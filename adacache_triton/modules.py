@@ -33,10 +33,6 @@ class Output:
     residuals: list[Tensor] = field(default_factory=list)
     plain: Tensor | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self.plain.nbytes if self.plain is not None else sum(r.nbytes for r in self.residuals)
-
 
 @dataclass(eq=False)
 class Kept:
@@ -46,9 +42,9 @@ class Kept:
     single: bool
     reuses: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        return sum(output.nbytes for output in self.outputs if output is not None)
+    def tensors(self) -> list[Tensor]:
+        some = [output for output in self.outputs if output is not None]
+        return [t for output in some for t in (*output.residuals, output.plain) if t is not None]
 
 
 class Modules:
@@ -82,8 +78,8 @@ class Modules:
 
     @staticmethod
     def residuals(hook) -> tuple[dict, Tensor]:
-        # What is not finite in a module is not finite at the exits.
-        return hook.session.branch.residuals, sum(out.sum(dtype=torch.float32) for _, _, out in hook.passed())
+        exits = sum(output.sum(dtype=torch.float32) for _, _, output in hook.passed())
+        return hook.session.branch.residuals, hook.check + exits
 
 
 class Part(StandIn):
@@ -97,10 +93,18 @@ class Part(StandIn):
         if self.hook.mode is Mode.REUSE and kept is not None and (self.limit is None or kept.reuses < self.limit):
             kept.reuses += 1
             return self._form(kept.single, [self._replay(key, output) for output in kept.outputs])
+        if torch.compiler.is_compiling():
+            raise RuntimeError("config.granularity: 'module' is not for torch.compile; use 'block' or 'stack'")
         result = self.module(*args, **kwargs)
+        if not isinstance(result, (Tensor, tuple, list)):
+            path, index, module = self.key
+            got = f"{module!r} of block {index} in {path!r} returned a {type(result).__name__}"
+            raise TypeError(f"BlockStack.modules: expected modules that return tensors, but {got}")
         results = [result] if isinstance(result, Tensor) else list(result)
         outputs = [Output(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in results]
-        before = kept.outputs if kept is not None else [None] * len(outputs)
+        # On a reused step a module computes beside what is compared at the next computed one: into new buffers.
+        overwritten = kept is not None and self.hook.mode is Mode.COMPUTE
+        before = kept.outputs if overwritten else [None] * len(outputs)
         residuals[key] = Kept(outputs, isinstance(result, Tensor))
         waiting = [
             x if output is None else Waiting.of(x, Computing(self.hook, key, output, old, x))
@@ -110,7 +114,7 @@ class Part(StandIn):
 
     def _replay(self, key: tuple, output: Output | None) -> Tensor | None:
         if output is None or output.plain is not None:
-            return output and output.plain
+            return output and output.plain.clone()  # a block may write into it
         nothing = torch.empty((), dtype=output.dtype, device=output.device).expand(output.shape)
         return Waiting.of(nothing, Replaying(key, output))
 
@@ -129,8 +133,8 @@ class Computing:
     old: Output | None
     result: Tensor
 
-    def add(self, branch: Tensor, gate: Tensor | None, hidden: Tensor, in_place: bool) -> Tensor | None:
-        """hidden + gate * branch, and the residual kept; None where shapes differ."""
+    def add(self, branch: Tensor, gate: Tensor | None, hidden: Tensor, in_place: bool, first: bool) -> Tensor | None:
+        """hidden + gate * branch, and the residual kept; None where shapes differ. `first`: the branch stood first."""
         if hidden.shape != branch.shape:
             return None
         dtype = branch.dtype if gate is None else torch.promote_types(gate.dtype, branch.dtype)
@@ -140,18 +144,16 @@ class Computing:
             or torch.promote_types(hidden.dtype, dtype) != hidden.dtype
             or any(t.stride(-1) != 1 for t in tensors)
         ):
-            residual = branch if gate is None else gate * branch
-            self.output.residuals.append(residual)
+            residual = branch.clone() if gate is None else gate * branch
+            self._keep(residual)
             if in_place:
                 return hidden.add_(residual)
-            # Channels last from here on: a stream that began as a convolution's output would stay as it is.
-            out = torch.empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, dtype), device=hidden.device)
-            return torch.add(hidden, residual, out=out)
+            return residual + hidden if first else hidden + residual  # whose layout the sum takes over
         hook, place = self.hook, len(self.output.residuals)
         kept = self.old.residuals[place] if self.old is not None and place < len(self.old.residuals) else None
         fits = kept is not None and kept.shape == branch.shape and kept.dtype == branch.dtype
         kept = kept if fits else torch.empty_like(branch, memory_format=torch.contiguous_format)
-        view = hook.probed_view(self.key, place)
+        view = hook.probed_view(self.key, place) if branch.shape == self.output.shape else None
         as_frames = view or (lambda x: x.unsqueeze(1))
         out = hidden if in_place else torch.empty_like(hidden)
         _, sums = gated_residual(
@@ -164,10 +166,15 @@ class Computing:
             metric=hook.session.config.metric,
             out=as_frames(out),
         )
-        self.output.residuals.append(kept)
+        self._keep(kept)
         if view is not None:
             hook.probed(view(kept), sums)
         return out
+
+    def _keep(self, residual: Tensor) -> None:
+        self.output.residuals.append(residual)
+        if residual.dtype == torch.float16:  # it may overflow where the stream, in a wider dtype, does not
+            self.hook.check = self.hook.check + residual.sum(dtype=torch.float32)
 
     def gated(self, branch: Tensor, gate: Tensor | None) -> Tensor:
         """What will be added, where the gate's product is looked at from another side before."""
@@ -176,8 +183,10 @@ class Computing:
     choose = staticmethod(torch.where)
 
     def settle(self) -> None:
-        """Something else than a sum was done with it: keep the output as it is."""
-        self.output.plain = self.result.detach()
+        """Something else than a sum is about to be done with it: keep the output as it is now."""
+        if self.output.plain is None:
+            self.output.plain = self.result.clone()
+            self.output.residuals.clear()
 
 
 @dataclass(eq=False)
@@ -188,7 +197,7 @@ class Replaying:
     output: Output
     place: int = 0
 
-    def add(self, branch: Tensor, gate: Tensor | None, hidden: Tensor, in_place: bool) -> Tensor:
+    def add(self, branch: Tensor, gate: Tensor | None, hidden: Tensor, in_place: bool, first: bool) -> Tensor:
         self.place += 1
         if self.place > len(self.output.residuals):
             self.settle()
@@ -253,7 +262,9 @@ class Waiting(Tensor):
                         return cls.of(waiting.as_subclass(Tensor), waiting.site, other)
                     in_place = func in _ADDS_IN_PLACE
                     if func in _ADDS or (in_place and waiting is not first):
-                        added = waiting.site.add(waiting.as_subclass(Tensor), waiting.gate, other, in_place)
+                        added = waiting.site.add(
+                            waiting.as_subclass(Tensor), waiting.gate, other, in_place, waiting is first
+                        )
                         if added is not None:
                             return added
             if func in _CHOICES and len(rest) == 2 and not kwargs and _alike(first, *rest):

@@ -56,9 +56,11 @@ class Branch:
 
     @property
     def nbytes(self) -> int:
-        residuals = self.residuals.values()
-        probes = 0 if any(not isinstance(r, Tensor) for r in residuals) else sum(p.nbytes for p in self.probes.values())
-        return probes + sum(r.nbytes for r in residuals)
+        tensors = list(self.probes.values())
+        for kept in self.residuals.values():
+            tensors += [kept] if isinstance(kept, Tensor) else kept.tensors()
+        # A probe may be a view of what a module keeps.
+        return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
 
     def clear(self) -> None:
         self.residuals.clear()
@@ -79,7 +81,7 @@ class Call:
     Attributes:
         arguments: by name.
         signature: see `Branch`.
-        conditions: the tensors besides the latents and the timestep.
+        conditions: the tensors besides the latents and the timesteps.
         name: of the guidance branch, where the pipeline gives one.
     """
 
@@ -119,6 +121,7 @@ class Session:
         self.branch: Branch | None = None
         self.kept_bytes = 0  # the most that this run kept at a time
         self.generation = self.earlier = 0  # as the clock counts them
+        self.doubted = False  # whether a call was computed because nothing told whose it was
         self._forget_measured()
 
     def _forget_measured(self) -> None:
@@ -152,35 +155,42 @@ class Session:
             if schedule.begin(moment.step).computed:
                 # A branch that sat out the last computed step has nothing to compare with, or is gone for good.
                 self.branches = [b for b in self.branches if b.computed == before]
-        self.branch = self._find(call, moment)
+        self.branch, certain = self._find(call, moment)
         self.branch.called = moment.step
         if not schedule.steps[-1].computed:
-            if self.branch.residuals and self.branch.computed == schedule.computed:
+            if certain and self.branch.residuals and self.branch.computed == schedule.computed:
                 return Mode.REUSE
-            schedule.restart()  # nothing is kept, or it is older than what the other branches reuse
+            self.doubted = self.doubted or not certain
+            schedule.restart()  # nothing is kept, or whose it is or how old is in doubt
             self.branch.probes.clear()
         if self.config.granularity != "module":  # whose kept tensors are overwritten in place
             self.branch.residuals.clear()  # freed before the blocks run
         return Mode.COMPUTE
 
-    def _find(self, call: Call, moment: Moment) -> Branch:
-        """The branch that a call belongs to: by name, by the conditions that it shares, by its place in the step."""
+    def _find(self, call: Call, moment: Moment) -> tuple[Branch, bool]:
+        """The branch that a call belongs to: by name, by the conditions that it shares, by its place in the step.
+
+        And whether that is certain: of several branches with the same conditions, or none, place alone says which,
+        and a call left out would take the next one's residual. It is certain where calls a step are promised.
+        """
         if call.name is not None:
             known = [b for b in self.branches if b.name == call.name and b.condition(call.conditions) is not False]
         else:
             known = [b for b in self.branches if b.condition(call.conditions)]
-        if not known and call.name is None:
+        by_place = not known and call.name is None
+        if by_place:
             known = [b for b in self.branches[moment.call - 1 :][:1] if b.condition(call.conditions) is None]
+        certain = self.clock.promised or call.name is not None or len(self.branches if by_place else known) <= 1
         found = next((b for b in known if b.called != moment.step), None)
         if found is not None and found.signature == call.signature:
             found.held = found.held or bool(found.condition(call.conditions))
-            return found
+            return found, certain
         branch = Branch(call.signature, call.name, tuple(map(weakref.ref, call.conditions)))
         if found is None:
             self.branches.append(branch)
         else:
             self.branches[self.branches.index(found)] = branch
-        return branch
+        return branch, True
 
     def observe(self, residual: Tensor, stream: int = 0) -> None:
         """Measure the probe's residual [B, T, S, C] of a computed step against the kept one, and keep it.

@@ -61,6 +61,8 @@ class BlockStack:
         extra: further streams, such as audio. The stream that changed most decides; all are reused together.
         returns: names of the blocks' arguments that the next block gets from a block's outputs, in their order, for
             granularity `block`. None: `hidden` alone.
+        attention_alone: whether nothing but the gated output of the first attention module is added between
+            `probe_before` and `probe_after`, so that granularity `module` may measure it where it is added.
         modules: for granularity `module`, paths inside a block of its attention, cross-attention and MLP modules.
         direct: the model's own code calls its `forward`, past PyTorch's hooks, as methods named `forward_with_cfg` do.
         refused: a reason why this model cannot be cached.
@@ -81,6 +83,7 @@ class BlockStack:
     entry: Callable[[Arguments, Tensor], Tensor] | None = None
     extra: tuple[Stream, ...] = ()
     returns: tuple[str, ...] | None = None
+    attention_alone: bool = True
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aside: tuple[str, ...] = ()
     direct: bool = False
@@ -118,7 +121,8 @@ class BlockStack:
                 continue
             for place, tensor in _tensors(argument, value):
                 signature.append((place, tensor.shape, tensor.dtype, tensor.device))
-                if argument not in (self.input, self.timestep):
+                # Another timestep, or sigma, is of another step, not of another branch.
+                if argument not in (self.input, self.timestep) and "timestep" not in argument and tensor.dim() > 1:
                     conditions.append(tensor)
         return Call(arguments, tuple(signature), tuple(conditions), name)
 
@@ -152,6 +156,14 @@ def _tensors(place: str, value):
     elif isinstance(value, (list, tuple, Mapping)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _tensors(f"{place}.{key}", item)
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 class Located:
@@ -190,6 +202,11 @@ class Located:
                     f"BlockStack.{name}: {type(model).__name__}.forward has no argument "
                     f"{getattr(stack, name)!r}; it has {', '.join(self.arguments)}"
                 )
+        blocks = [block for blocks in self.lists.values() for block in blocks]
+        for name, paths in stack.modules.items():
+            for path in paths:
+                if not any(_has(block, path) for block in blocks):
+                    raise ValueError(f"BlockStack.modules: no block has the {name} module {path!r}")
         self.positions = {path: self._positions(path, blocks[0]) for path, blocks in self.lists.items()}
 
     def _positions(self, path: str, block: nn.Module) -> dict[str, int]:

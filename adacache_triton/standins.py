@@ -44,12 +44,16 @@ class BlockTap(Tap):
 
     def forward(self, *args, **kwargs):
         result = super().forward(*args, **kwargs)
-        outputs = result if isinstance(result, tuple) else (result,)
-        for name, output in zip(self.hook.stack.carried, outputs):
+        carried = self.hook.stack.carried
+        if isinstance(result, Tensor) != (len(carried) == 1) or (len(carried) > 1 and len(result) != len(carried)):
+            got = "a tensor" if isinstance(result, Tensor) else f"{len(result)} values"
+            raise ValueError(f"BlockStack.returns: expected {carried} from {self.key[0]}.{self.key[1]}, got {got}")
+        for name, output in zip(carried, (result,) if len(carried) == 1 else result):
             if isinstance(output, Tensor):
                 entered = self.hook.argument(self.key[0], name, args, kwargs)
-                (residual,), _ = keep(output, entered, dtype=output.dtype)
+                (residual,), sums = keep(output, entered, dtype=output.dtype)
                 self.hook.kept[(*self.key, name)] = residual
+                self.hook.check = self.hook.check + sums[:, 4].sum()
         return result
 
 

@@ -108,7 +108,9 @@ def test_the_probe_is_the_gated_attention(models, name):
 
     def probed(factor):
         scaled = lambda module, args, out: _scaled(out, factor)  # noqa: E731
-        parts = [block.get_submodule(path).register_forward_hook(scaled) for path in stack.modules["attention"]]
+        modules = dict(block.named_modules())
+        attention = [modules[path] for path in stack.modules["attention"] if path in modules]
+        parts = [module.register_forward_hook(scaled) for module in attention]
         handle.reset()
         run(model, name, [500], None)
         for part in parts:

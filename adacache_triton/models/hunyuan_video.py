@@ -25,9 +25,10 @@ register(
         entry=lambda block, output: block["hidden_states"][:, -output.shape[1] :],
     ),
 )
-register("HunyuanVideo15Transformer3DModel", replace(_HUNYUAN, lists=("transformer_blocks",)))
+_DUAL = {"attention": ("attn",), "mlp": ("ff", "ff_context")}
+register("HunyuanVideo15Transformer3DModel", replace(_HUNYUAN, lists=("transformer_blocks",), modules=_DUAL))
 # Text cross-attention, where its blocks have it, is measured with attention: no module gets the stream in between.
 register(
     "MotifVideoTransformer3DModel",
-    replace(_HUNYUAN, modules=_HUNYUAN.modules | {"cross_attention": ("cross_attn",)}),
+    replace(_HUNYUAN, attention_alone=False, modules=_HUNYUAN.modules | {"cross_attention": ("cross_attn",)}),
 )

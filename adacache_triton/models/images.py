@@ -1,5 +1,7 @@
 """Image transformers (diffusers): FLUX, Stable Diffusion 3 and Qwen-Image. They have no frames, and no MoReg."""
 
+from dataclasses import replace
+
 from ..stack import BlockStack
 from . import register
 
@@ -9,7 +11,11 @@ _JOINT = BlockStack(
     returns=("encoder_hidden_states", "hidden_states"),
     modules={"attention": ("attn",), "mlp": ("ff", "ff_context")},
 )
-register("SD3Transformer2DModel", _JOINT)
+# Stable Diffusion 3.5 has a second attention in some blocks, which is measured with the first.
+register(
+    "SD3Transformer2DModel",
+    replace(_JOINT, attention_alone=False, modules=_JOINT.modules | {"attention": ("attn", "attn2")}),
+)
 register(
     "FluxTransformer2DModel",
     BlockStack(

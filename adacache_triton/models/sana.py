@@ -14,6 +14,7 @@ register(
         lists=("blocks",),
         exit="final_layer",
         probe_after="cross_attn",  # what a camera adds is measured with attention
+        attention_alone=False,
         frames=axis(2, "patch_size"),
         hidden="x",
         modules={"attention": ("attn",), "cross_attention": ("cross_attn",), "mlp": ("mlp",)},
