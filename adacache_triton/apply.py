@@ -61,16 +61,15 @@ class AdaCacheHandle:
 
     def _in_run(self) -> list[_Cached]:
         """What took part in the run in progress, or in the last one."""
-        ran = [each for each in self._cached if each.session.schedule is not None]
-        latest = max((each.session.generation for each in ran), default=0)
-        return [each for each in ran if each.session.generation == latest]
+        latest = max(each.session.generation for each in self._cached)
+        return [each for each in self._cached if latest and each.session.generation == latest]
 
     def report(self) -> Report:
         """What the run in progress, or the last one, did so far. Reads measured values from the device."""
         if self._removed is not None:
             return self._removed
         ran = self._in_run()
-        num_steps = sum(each.session.schedule.num_steps for each in ran)
+        num_steps = sum(each.session.num_steps for each in ran)
         kept = max((each.session.kept_bytes for each in ran), default=0)
         return Report(num_steps, tuple(step for each in ran for step in each.steps()), kept, self.config.granularity)
 
@@ -80,7 +79,7 @@ class AdaCacheHandle:
         begun = [
             replace(steps[-1], step=steps[-1].step + each.session.earlier)
             for each in self._in_run()
-            if (steps := each.session.schedule.steps)
+            if each.session.schedule is not None and (steps := each.session.schedule.steps)
         ]
         return max(begun, key=lambda record: record.step, default=None)
 

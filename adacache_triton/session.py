@@ -120,7 +120,7 @@ class Session:
         self.branches: list[Branch] = []  # in the order of their calls
         self.branch: Branch | None = None
         self.kept_bytes = 0  # the most that this run kept at a time
-        self.generation = self.earlier = 0  # as the clock counts them
+        self.generation = self.num_steps = self.earlier = 0  # as the clock counts them
         self.doubted = False  # whether a call was computed because nothing told whose it was
         self._forget_measured()
 
@@ -142,7 +142,8 @@ class Session:
             return Mode.PLAIN
         if moment.generation != self.generation:
             self.forget()
-            self.generation, self.kept_bytes, self.earlier = moment.generation, 0, moment.earlier
+            self.generation, self.kept_bytes = moment.generation, 0
+            self.num_steps, self.earlier = moment.num_steps, moment.earlier
             # Of fewer than three steps all would be computed.
             self.schedule = Schedule(self.config, moment.num_steps) if moment.num_steps >= 3 else None
         if self.schedule is None or moment.step > moment.num_steps or moment.call > MAX_BRANCHES:

@@ -101,13 +101,13 @@ def _gated_residual_kernel(
     for t in range(first, last):
         hidden = tl.load(hidden_ptr + t * hidden_frame + hidden_tile, mask=inside, other=0.0).to(tl.float32)
         residual = _residual(t, inside, branch, gate, GATE_MOVES)
+        if partial_ptr is not None:
+            kept = tl.load(kept_ptr + t * kept_frame + kept_tile, mask=inside, other=0.0)
         x = residual.to(tl.float32)
-        if partial_ptr is not None:
-            y = tl.load(kept_ptr + t * kept_frame + kept_tile, mask=inside, other=0.0).to(tl.float32)
-            distance = add_distance(distance, x, y, METRIC, WIDTH)
+        # Written before the sums are taken, so that `hidden` does not hold registers meanwhile.
         store_tile(out_ptr + t * out_frame, hidden + x, start, plane, out_token, CHANNELS, BLOCK, WIDTH)
-        store_tile(kept_ptr + t * kept_frame, x, start, plane, kept_token, CHANNELS, BLOCK, WIDTH)
         if partial_ptr is not None:
+            distance = add_distance(distance, x, kept.to(tl.float32), METRIC, WIDTH)
             earlier = ()
             for i in tl.static_range(len(FRAME_STRIDES)):
                 if FRAME_STRIDES[i] == 1:
@@ -118,6 +118,7 @@ def _gated_residual_kernel(
                     earlier += (_residual(t - s, some, branch, gate, GATE_MOVES),)
             motion = add_motion(motion, x, earlier, t, frames, FRAME_STRIDES, WIDTH)
             before = residual
+        store_tile(kept_ptr + t * kept_frame, x, start, plane, kept_token, CHANNELS, BLOCK, WIDTH)
     if partial_ptr is not None:
         store_sums(partial_ptr + pid, distance + motion, tl.num_programs(0))
 
