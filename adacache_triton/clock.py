@@ -143,7 +143,7 @@ class TimestepClock:
 
     def __init__(self, num_steps: int, calls_per_step: int, timestep: str):
         self._num_steps, self._calls, self._timestep = num_steps, calls_per_step, timestep
-        self._generation = 0
+        self._generation = self._repeats = 0
         self.counting = False
         self.restart()
 
@@ -176,7 +176,8 @@ class TimestepClock:
         if value == self._value and self._call < self._calls:
             return
         change = 0.0 if self._value is None else value - self._value
-        if change == 0 and self._value is not None:
+        self._repeats += change == 0 and self._value is not None
+        if change == 0 and self._repeats == 2:  # once may be a run that was left and begun again
             warnings.warn(
                 f"AdaCache: {self._timestep} repeats, so nothing is reused; where a step calls the transformer more "
                 "than once, as for the two halves of guidance, say so by calls_per_step",

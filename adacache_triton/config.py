@@ -207,7 +207,8 @@ class AdaCacheConfig(_Json):
             None is the middle one, as in the paper.
         metric: of the distance: `l1` as in the released code, `l2` or `cosine` as in the paper's ablation.
         granularity: what keeps a residual: the whole `stack` (least memory, and no block runs on a reused step),
-            each `block`, or each `module`: attention, cross-attention and MLP.
+            each `block`, or each `module`: attention, cross-attention and MLP. A compiled transformer (`torch.compile`)
+            takes the first two.
         modules: with granularity `module`, which of `attention`, `cross_attention` and `mlp` are cached, and how
             often in a row each may be reused (None: as long as the rate says). What is not named is computed on
             every step.

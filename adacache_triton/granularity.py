@@ -56,6 +56,8 @@ class Blocks:
 
     @staticmethod
     def residuals(hook) -> tuple[dict, Tensor]:
+        if hook.in_graph:
+            return {key: residual.clone() for key, residual in hook.kept.items()}, hook.check
         return hook.kept, hook.check
 
 

@@ -145,7 +145,9 @@ class StackHook:
         self._entry: tuple | None = None  # the first block's list and arguments
         self._before: list[Tensor | None] = [None] * streams  # in the probed block, attention to come
         self._exits: list[Tensor | None] = [None] * streams  # inputs of the exits
-        self._measured: list[tuple[int, Tensor]] = []  # in a graph, to be observed after it
+        # In a graph, to be observed after it. What it returns may lie in memory that its next run writes to, as with
+        # CUDA graphs, so of that copies are kept.
+        self._measured: list[tuple[int, Tensor]] = []
         self.kept: dict[Hashable, Any] = {}  # residuals of blocks
         self.check: Tensor | float = 0.0  # finite as long as all that is kept one by one is
 
@@ -194,8 +196,11 @@ class StackHook:
                 "one order, say so by calls_per_step"
             )
         self.mode = mode
-        if self._watching and (root is not model or any(m._compiled_call_impl is not None for m in model.modules())):
-            self._unwatch()  # a graph would hold these hooks, and another would be made without them
+        if mode is Mode.COMPUTE and (self._watching or self.session.config.granularity == "module"):
+            if root is not model or any(m._compiled_call_impl is not None for m in model.modules()):
+                if self.session.config.granularity == "module":
+                    raise RuntimeError("config.granularity: 'module' is not for torch.compile; use 'block' or 'stack'")
+                self._unwatch()  # a graph would hold these hooks, and another would be made without them
         if mode is not Mode.PLAIN:
             for path in (*stack.lists, *stack.aside):
                 parent, _, name = path.rpartition(".")
@@ -321,6 +326,11 @@ class StackHook:
             return stream is self.stack.streams[0] or stream.exit in self.session.branch.residuals
         return self._entry is None or self.argument(self._entry[0], stream.hidden, *self._entry[1:]) is not None
 
+    @property
+    def in_graph(self) -> bool:
+        """Whether the whole forward was a graph's."""
+        return bool(self._measured)
+
     def passed(self) -> Iterator[tuple[Stream, Tensor, Tensor]]:
         """Each stream before its first block, as its exit would get it, and at its exit."""
         path, args, kwargs = self._entry
@@ -358,7 +368,7 @@ class StackHook:
             self._warn(f"{message}, nothing is cached")
         elif self.mode is Mode.COMPUTE:
             for stream, residual in self._measured:
-                self._observe(stream, residual)
+                self._observe(stream, residual.clone())
             residuals, check = self._granularity.residuals(self)
             session, streams = self.session, sum(map(self._flows, self.stack.streams))
             self._clear()

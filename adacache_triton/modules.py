@@ -93,8 +93,6 @@ class Part(StandIn):
         if self.hook.mode is Mode.REUSE and kept is not None and (self.limit is None or kept.reuses < self.limit):
             kept.reuses += 1
             return self._form(kept.single, [self._replay(key, output) for output in kept.outputs])
-        if torch.compiler.is_compiling():
-            raise RuntimeError("config.granularity: 'module' is not for torch.compile; use 'block' or 'stack'")
         result = self.module(*args, **kwargs)
         if not isinstance(result, (Tensor, tuple, list)):
             path, index, module = self.key

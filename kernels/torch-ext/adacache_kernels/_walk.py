@@ -117,7 +117,8 @@ def span_for(batch: int, frames: int, tiles: int) -> int:
 
 def outer_strides(view: torch.Tensor) -> list[int]:
     """Strides of B, T and S; 0 for a size of 1, where an odd one would only forbid 128-bit accesses."""
-    return [stride if size > 1 else 0 for stride, size in zip(view.stride()[:3], view.shape[:3], strict=True)]
+    (b, t, s, _), (batch, frame, token, _) = view.shape, view.stride()
+    return [batch if b > 1 else 0, frame if t > 1 else 0, token if s > 1 else 0]
 
 
 def check_view(op: str, name: str, view: torch.Tensor) -> None:

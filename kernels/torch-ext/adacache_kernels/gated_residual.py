@@ -251,21 +251,23 @@ def _check(hidden, branch, gate, kept, frame_strides, metric, out) -> None:
     check_frame_strides(OP, frame_strides)
     check_metric(OP, metric)
     check_written(OP, "kept", kept)
-    others = {"hidden": hidden, "branch": branch} | ({} if gate is None else {"gate": gate})
-    for name, tensor in others.items():
+    apart = {"branch": branch} if gate is None else {"branch": branch, "gate": gate}
+    for name, tensor in {"hidden": hidden, **apart}.items():
         if overlap(kept, tensor):
             raise ValueError(f"{OP}: kept is overwritten and overlaps {name} in memory, expected separate tensors")
     if out is None:
         return
-    check_view(OP, "out", out)
-    check_alike(OP, "out", out, "hidden", hidden)
-    if out.dtype != hidden.dtype:
-        raise TypeError(f"{OP}: out has dtype {out.dtype}, hidden has {hidden.dtype}; they must be equal")
+    if out is not hidden:  # of which all this is known
+        check_view(OP, "out", out)
+        check_alike(OP, "out", out, "hidden", hidden)
+        if out.dtype != hidden.dtype:
+            raise TypeError(f"{OP}: out has dtype {out.dtype}, hidden has {hidden.dtype}; they must be equal")
+        if overlap(out, hidden) and not same_view(out, hidden):
+            raise ValueError(f"{OP}: out overlaps hidden in memory, expected hidden itself or apart from it")
+        apart["kept"] = kept
     check_written(OP, "out", out)
-    if overlap(out, hidden) and not same_view(out, hidden):
-        raise ValueError(f"{OP}: out overlaps hidden in memory, expected hidden itself or apart from it")
-    for name, tensor in (others | {"kept": kept}).items():
-        if name != "hidden" and overlap(out, tensor):
+    for name, tensor in apart.items():
+        if overlap(out, tensor):
             raise ValueError(f"{OP}: out overlaps {name} in memory, expected separate tensors")
 
 
