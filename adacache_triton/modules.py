@@ -152,6 +152,9 @@ class Computing:
         fits = kept is not None and kept.shape == branch.shape and kept.dtype == branch.dtype
         kept = kept if fits else torch.empty_like(branch, memory_format=torch.contiguous_format)
         view = hook.probed_view(self.key, place) if branch.shape == self.output.shape else None
+        measured = 0 in hook.session.branch.probes
+        if measured and not fits:
+            view = None  # what was kept is elsewhere: it is compared after the sum
         as_frames = view or (lambda x: x.unsqueeze(1))
         out = hidden if in_place else torch.empty_like(hidden)
         _, sums = gated_residual(
@@ -159,7 +162,7 @@ class Computing:
             as_frames(branch),
             None if gate is None else as_frames(gate.expand(hidden.shape)),
             as_frames(kept),
-            measure=fits and view is not None and 0 in hook.session.branch.probes,
+            measure=measured and view is not None,
             frame_strides=hook.session.frame_strides,
             metric=hook.session.config.metric,
             out=as_frames(out),
