@@ -160,10 +160,7 @@ class StackHook:
     def begin(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the transformer's forward: find out what this call does, and exchange the lists for it."""
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "AdaCache: a transformer was cached and then given to torch.compile; call torch.compile first, "
-                "or compile it in place with transformer.compile()"
-            )
+            _refuse_to_be_traced()
         if self.session is None:
             return
         if self._open is not None:
@@ -388,6 +385,14 @@ class StackHook:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"AdaCache: {message}", stacklevel=4)
+
+
+@torch.compiler.assume_constant_result  # it runs while a graph is made: what a graph raises only breaks it
+def _refuse_to_be_traced() -> None:
+    raise RuntimeError(
+        "AdaCache: a transformer was cached and then given to torch.compile; call torch.compile first, "
+        "or compile it in place with transformer.compile()"
+    )
 
 
 class Around:

@@ -157,7 +157,7 @@ def test_removal_leaves_a_compiled_model(how):
     denoise(root, "wan", handle)
     handle.remove()
     assert root._compiled_call_impl is called
-    assert not set(vars(model)) - set(vars(small("wan")))
+    assert not {"compile", "cache_context", "_adacache_handle"} & set(vars(model)), "what PyTorch leaves is its own"
     graphs = compiler.graphs
     with torch.no_grad():
         assert torch.equal(sample(root(**inputs)), plain) and compiler.graphs <= graphs + 1
@@ -216,12 +216,12 @@ def test_a_pipeline_with_a_compiled_transformer(how):
         compiler = Counting()
         pipe, call = PIPELINES["wan"].make(steps)
         pipe.transformer = how(pipe.transformer, compiler)
-        if offloaded and how is not compile_whole:  # diffusers does not find its way through a compiled root
+        if offloaded and how is compile_blocks:  # accelerate's own hooks are no fullgraph in a compiled root
             pipe.enable_model_cpu_offload(device="cpu")
         handle = apply_adacache(pipe, config)
         video = sample(pipe(**call))
         assert torch.equal(video, expected) and handle.report() == report
-        assert offloaded or compiler.graphs == (1 if how is compile_blocks else 2)
+        assert (offloaded and how is compile_blocks) or compiler.graphs == (1 if how is compile_blocks else 2)
         torch._dynamo.reset()
 
 

@@ -60,7 +60,7 @@ def no_sums(COUNT: tl.constexpr, SIZE: tl.constexpr):
 
 
 @jit
-def _row_sums(x, WIDTH: tl.constexpr):
+def row_sums(x, WIDTH: tl.constexpr):
     """Sums of WIDTH neighbours: one access, so in one thread; accumulators shrink as much."""
     return tl.sum(tl.reshape(x, [x.shape[0] // WIDTH, WIDTH]), axis=1)
 
@@ -69,23 +69,23 @@ def _row_sums(x, WIDTH: tl.constexpr):
 def add_distance(sums, x, y, METRIC: tl.constexpr, WIDTH: tl.constexpr):
     """`sums` and the distance sums of one tile: x is new, y is old, both float32."""
     if METRIC == "l1":
-        return (sums[0] + _row_sums(tl.abs(y - x), WIDTH), sums[1] + _row_sums(tl.abs(y), WIDTH))
+        return (sums[0] + row_sums(tl.abs(y - x), WIDTH), sums[1] + row_sums(tl.abs(y), WIDTH))
     elif METRIC == "l2":
-        return (sums[0] + _row_sums((y - x) * (y - x), WIDTH), sums[1] + _row_sums(y * y, WIDTH))
+        return (sums[0] + row_sums((y - x) * (y - x), WIDTH), sums[1] + row_sums(y * y, WIDTH))
     else:
-        dot = sums[0] + _row_sums(y * x, WIDTH)
-        return (dot, sums[1] + _row_sums(y * y, WIDTH), sums[2] + _row_sums(x * x, WIDTH))
+        dot = sums[0] + row_sums(y * x, WIDTH)
+        return (dot, sums[1] + row_sums(y * y, WIDTH), sums[2] + row_sums(x * x, WIDTH))
 
 
 @jit
 def add_motion(sums, x, earlier, t, frames, FRAME_STRIDES: tl.constexpr, WIDTH: tl.constexpr):
     """`sums` and the motion sums of frame t: x is its tile, `earlier` the tile s frames back for each stride s."""
-    magnitude = _row_sums(tl.abs(x), WIDTH)
+    magnitude = row_sums(tl.abs(x), WIDTH)
     total = ()
     for i in tl.static_range(len(FRAME_STRIDES)):
         s = FRAME_STRIDES[i]
         # Selected, not multiplied: a frame in no pair must not bring 0 * inf into the sum.
-        moved = tl.where(t >= s, _row_sums(tl.abs(x - earlier[i].to(tl.float32)), WIDTH), 0.0)
+        moved = tl.where(t >= s, row_sums(tl.abs(x - earlier[i].to(tl.float32)), WIDTH), 0.0)
         pairs = tl.where(t >= s, magnitude, 0.0) + tl.where(t + s < frames, magnitude, 0.0)
         total += (sums[2 * i] + moved, sums[2 * i + 1] + pairs)
     return total

@@ -11,7 +11,7 @@ from . import reference
 from ._checks import DTYPES, check_alike, check_tensor, check_written, overlap, same_view, traced
 from ._ops import add_op_namespace_prefix
 from ._triton import WARP, cdiv, jit, pick_backend, tl
-from ._walk import FILL, THREADS, _row_sums, no_sums, store_sums, store_tile
+from ._walk import FILL, THREADS, no_sums, row_sums, store_sums, store_tile
 from .reuse import load_tile, three_axes
 
 OP = "keep"
@@ -56,13 +56,13 @@ def _keep_kernel(
         if r1_ptr is not None:
             r1 = load_tile(r1_ptr, p, plane, r1_row, INNER)
             change = r - r1
-            error += _row_sums(tl.abs(change), WIDTH)
+            error += row_sums(tl.abs(change), WIDTH)
         if r0_ptr is not None:  # maybe what r is written over
             before = r1 - load_tile(r0_ptr, p, plane, r0_row, INNER)
-            slope += _row_sums(change * before, WIDTH)
-            power += _row_sums(before * before, WIDTH)
-            curvature += _row_sums(tl.abs(change - ratio * before), WIDTH)
-        size += _row_sums(tl.abs(r), WIDTH)
+            slope += row_sums(change * before, WIDTH)
+            power += row_sums(before * before, WIDTH)
+            curvature += row_sums(tl.abs(change - ratio * before), WIDTH)
+        size += row_sums(tl.abs(r), WIDTH)
         store_tile(kept_ptr, r, start, plane, kept_row, INNER, BLOCK, WIDTH)
     store_sums(partial_ptr + batch * SUMS * slots + slot, (slope, power, error, curvature, size), slots)
 
