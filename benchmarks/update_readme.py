@@ -2,7 +2,7 @@
 
     python benchmarks/update_readme.py                    the tables, from the rows that are there
     python benchmarks/update_readme.py demo               and a folder that `make demo` wrote
-    python benchmarks/update_readme.py GPU/kernels*.json  and rows that `pytest benchmarks --benchmark-json` wrote on a GPU
+    python benchmarks/update_readme.py GPU/kernels*.json  and rows that the benchmarks wrote on a GPU
 
 Its tables are written from the demo's `report.json` and from the rows in `benchmarks/results/`; nothing in them is
 typed by hand.
