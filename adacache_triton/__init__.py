@@ -9,11 +9,13 @@ from .apply import AdaCacheHandle, apply_adacache
 from .config import AdaCacheConfig, Codebook, MotionRegularization
 from .report import Report
 from .schedule import Schedule, Step
+from .session import AdaCacheSession
 from .stack import BlockStack
 
 __all__ = [
     "AdaCacheConfig",
     "AdaCacheHandle",
+    "AdaCacheSession",
     "BlockStack",
     "Codebook",
     "MotionRegularization",

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch.distributed as dist
 from torch import nn
 
+from .batch import Batch
 from .clock import PipelineClock, TimestepClock
-from .config import AdaCacheConfig
+from .config import AdaCacheConfig, _number
+from .distributed import group_of
 from .hooks import StackHook
 from .models import stack_of
 from .report import Report
 from .schedule import Step
-from .session import Session
+from .session import AdaCacheSession
 from .stack import BlockStack, Located
 from .watched import Watched
 
@@ -24,23 +28,25 @@ TRANSFORMERS = ("transformer", "transformer_2")  # the second takes the later st
 
 
 class _Cached:
-    """One transformer: its session and its hooks."""
+    """One transformer: its batch and its hooks."""
 
-    def __init__(self, transformer: nn.Module, located: Located, config: AdaCacheConfig, clock):
+    def __init__(self, transformer: nn.Module, located: Located, batch: Batch):
         self.model = weakref.ref(_plain(transformer))
-        self.clock = clock
-        self.session = Session(config, clock)
-        self.hook = StackHook(transformer, located, self.session)
+        self.batch, self.clock = batch, batch.clock
+        self.hook = StackHook(transformer, located, batch)
 
     def finish(self, *_, **__) -> None:
         """A pipeline's call is over, however far its loop came."""
         self.clock.restart()
-        self.session.settle()
-        self.session.forget()
+        self.batch.settle()
+        self.batch.forget()
 
-    def steps(self) -> list[Step]:
-        """The records so far, numbered as the pipeline's steps."""
-        return [replace(s, step=s.step + self.session.earlier) for s in self.session.steps()]
+    def begun(self) -> Iterator[Step]:
+        """The record of the step begun last for each video, numbered as the pipeline's steps."""
+        for run in self.batch.sessions:
+            if run.schedule.steps:
+                record = run.schedule.steps[-1]
+                yield replace(record, step=record.step + self.batch.earlier)
 
 
 class AdaCacheHandle:
@@ -61,27 +67,63 @@ class AdaCacheHandle:
 
     def _in_run(self) -> list[_Cached]:
         """What took part in the run in progress, or in the last one."""
-        latest = max(each.session.generation for each in self._cached)
-        return [each for each in self._cached if latest and each.session.generation == latest]
+        latest = max(each.batch.generation for each in self._cached)
+        return [each for each in self._cached if latest and each.batch.generation == latest]
 
     def report(self) -> Report:
         """What the run in progress, or the last one, did so far. Reads measured values from the device."""
         if self._removed is not None:
             return self._removed
         ran = self._in_run()
-        num_steps = sum(each.session.num_steps for each in ran)
-        kept = max((each.session.kept_bytes for each in ran), default=0)
-        return Report(num_steps, tuple(step for each in ran for step in each.steps()), kept, self.config.granularity)
+        num_steps = sum(each.batch.num_steps for each in ran)
+        kept = max((each.batch.kept_bytes for each in ran), default=0)
+        count = max((len(each.batch.sessions) for each in ran), default=0)
+        videos = []
+        for i in range(count):
+            runs = [(each.batch.earlier, each.batch.sessions[i]) for each in ran if i < len(each.batch.sessions)]
+            steps = tuple(replace(s, step=s.step + earlier) for earlier, run in runs for s in run.steps())
+            videos.append(Report(num_steps, steps, max(run.kept_bytes for _, run in runs), self.config.granularity))
+        if count == 1:
+            return videos[0]
+        return Report(num_steps, (), kept, self.config.granularity, tuple(videos))
 
     @property
     def current(self) -> Step | None:
-        """The record of the step begun last; None before the first. Nothing is read from the device."""
-        begun = [
-            replace(steps[-1], step=steps[-1].step + each.session.earlier)
-            for each in self._in_run()
-            if each.session.schedule is not None and (steps := each.session.schedule.steps)
-        ]
-        return max(begun, key=lambda record: record.step, default=None)
+        """The record of the step begun last; None before the first. Nothing is read from the device.
+
+        Of several videos with schedules of their own, that of one which computed, if any did.
+        """
+        begun = (record for each in self._in_run() for record in each.begun())
+        return max(begun, key=lambda record: (record.step, record.computed), default=None)
+
+    def session(self, num_steps: int) -> AdaCacheSession:
+        """The state of one video's run, for a serving loop with a bare transformer.
+
+        Videos come and go between steps, each with its own number of steps: see `step`. Dropping the session frees
+        what it keeps.
+        """
+        return self._serving("session").admit(_number("num_steps", num_steps, 1, integer=True))
+
+    def step(self, sessions: Sequence[AdaCacheSession]):
+        """A context for one denoising step of these videos: the transformer's calls inside are theirs.
+
+        Sample b of a batch is of video b % V, V the number of sessions: guidance halves lie one after the other. A
+        step may call the transformer more than once, for the guidance branches one by one, always in one order or
+        under diffusers' `cache_context`. Where it raises, what its sessions keep is dropped.
+
+        Raises:
+            ValueError: a session twice, of another handle, or one that has had all its steps.
+            RuntimeError: another step is in progress.
+        """
+        return self._serving("step").step(sessions)
+
+    def _serving(self, name: str) -> Batch:
+        batch = self._cached[0].batch
+        if not isinstance(batch.clock, TimestepClock):
+            raise TypeError(f"{name}: expected a handle of a bare transformer; a pipeline tells its steps itself")
+        if not self.config.per_video:
+            raise ValueError(f"config.per_video: expected True for {name}(), got False")
+        return batch
 
     def reset(self) -> None:
         """Drop what is kept: the next forward is computed, as the first of a new run."""
@@ -119,7 +161,7 @@ class AdaCacheHandle:
                 if self._pipeline is not None and self._pipeline() is not None:
                     Watched.off(self._pipeline(), FREE, each.finish)
                 each.clock.stop()
-                each.session.forget()
+                each.batch.forget()
 
 
 def _plain(transformer: nn.Module) -> nn.Module:
@@ -133,6 +175,8 @@ def apply_adacache(
     *,
     stack: BlockStack | None = None,
     calls_per_step: int | None = None,
+    branches_in_batch: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> AdaCacheHandle:
     """Cache a video diffusion transformer.
 
@@ -140,11 +184,18 @@ def apply_adacache(
         pipeline_or_transformer: a diffusers pipeline with `transformer` and `scheduler`, or a transformer. Of a
             pipeline with `transformer_2` as well, each is cached for its own share of the steps.
         config: when to compute; `AdaCacheConfig.official(...)` for the paper's presets. A pipeline says itself
-            how many steps a run has; for a bare transformer `config.num_steps` must.
+            how many steps a run has; for a bare transformer `config.num_steps` must, or `AdaCacheHandle.session`.
         stack: description of the blocks, for a class that the package does not know.
         calls_per_step: forwards in every denoising step, in one order: 2 where the two halves of classifier-free
             guidance are separate calls. None: 1 for a bare transformer; a pipeline's calls are told apart by the
             names that it gives them, or by the conditions that it holds on to, and computed where that fails.
+        branches_in_batch: guidance branches that a batch holds one after the other, where `config.per_video` and
+            nothing tells: 2 for [unconditional.., conditional..], 1 without guidance. A pipeline's own number of
+            videos tells, and so do the sessions of `AdaCacheHandle.step`.
+        group: the ranks that decide together. None: those of the context or tensor parallelism that diffusers'
+            `enable_parallelism` set up, or those that FSDP2 shards the blocks over, if any; else each rank decides
+            alone. With a sequence split in another way, give its group; to decide together with the ranks that run
+            the other guidance branch, one that has both.
 
     Returns:
         AdaCacheHandle: `report()`, `reset()`, `remove()`.
@@ -154,10 +205,9 @@ def apply_adacache(
     """
     if not isinstance(config, AdaCacheConfig):
         raise TypeError(f"config: expected an AdaCacheConfig, got {config!r}")
-    if calls_per_step is not None and (
-        isinstance(calls_per_step, bool) or not isinstance(calls_per_step, int) or calls_per_step < 1
-    ):
-        raise ValueError(f"calls_per_step: expected an integer >= 1, got {calls_per_step!r}")
+    for name, count in (("calls_per_step", calls_per_step), ("branches_in_batch", branches_in_batch)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
     pipeline = None if isinstance(pipeline_or_transformer, nn.Module) else pipeline_or_transformer
     transformers = {"transformer": pipeline_or_transformer}
     if pipeline is not None:
@@ -172,10 +222,12 @@ def apply_adacache(
     if len(set(map(id, transformers.values()))) < len(transformers):
         raise ValueError("transformer_2: expected another module than transformer, got the same")
     located = {name: _locate(name, transformer, config, stack) for name, transformer in transformers.items()}
+    for name, transformer in transformers.items():
+        group_of(_plain(transformer), [blocks[0] for blocks in located[name].lists.values()], group)
     if pipeline is not None and config.num_steps is not None:
         expected = "expected None for a pipeline, which says how many steps a run has"
         raise ValueError(f"config.num_steps: {expected}, got {config.num_steps}")
-    if pipeline is None and config.num_steps is None:
+    if pipeline is None and config.num_steps is None and not config.per_video:
         raise ValueError("config.num_steps: expected the number of steps for a bare transformer, got None")
     cached = []
     for name, transformer in transformers.items():
@@ -183,7 +235,8 @@ def apply_adacache(
             clock = PipelineClock(pipeline, _share(pipeline, name), calls_per_step is not None)
         else:
             clock = TimestepClock(config.num_steps, calls_per_step or 1, located[name].stack.timestep)
-        cached.append(_Cached(transformer, located[name], config, clock))
+        batch = Batch(config, clock, branches_in_batch, group)
+        cached.append(_Cached(transformer, located[name], batch))
     return AdaCacheHandle(config, cached, pipeline)
 
 

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
+from torch import Tensor
+
 from .watched import Watched
+
+PREPARE = "prepare_latents"  # a method of diffusers' pipelines, which returns them, a sample a video
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,32 @@ class PipelineClock:
         self._pipeline, self._share, self.promised = weakref.ref(pipeline), share, promised
         self._scheduler = None
         self._generation = self._step = self._call = 0
+        self._latents: int | None = None  # videos that the pipeline makes at a time
+        if hasattr(pipeline, PREPARE):
+            Watched.on(pipeline, PREPARE, self._prepared)
         self._watch(pipeline.scheduler)
 
     def _watch(self, scheduler) -> None:
-        self.stop()
+        self._leave_scheduler()
         self._scheduler = scheduler
         Watched.on(scheduler, "set_timesteps", self._start)
         Watched.on(scheduler, "step", self._advance)
         self._begin()
+
+    def _prepared(self, latents, *_, **__) -> None:
+        first = latents[0] if isinstance(latents, (list, tuple)) else latents
+        self._latents = len(first) if isinstance(first, Tensor) and first.dim() else None
+
+    def videos(self, batch: int) -> int:
+        """How many videos a batch of the transformer holds."""
+        if batch > 1 and (self._latents is None or batch % self._latents):
+            warnings.warn(
+                f"AdaCache: how many videos a batch of {batch} holds is not known, so they decide together; say so by "
+                "branches_in_batch",
+                stacklevel=5,
+            )
+            return 1
+        return self._latents or 1
 
     def _start(self, *_, **__) -> None:
         # Written by a pipeline when its loop begins; what an older run wrote must not count.
@@ -124,7 +146,12 @@ class PipelineClock:
         return len(self._scheduler.timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
 
     def stop(self) -> None:
-        """Leave the scheduler as it was."""
+        """Leave the pipeline and the scheduler as they were."""
+        if self._pipeline() is not None:
+            Watched.off(self._pipeline(), PREPARE, self._prepared)
+        self._leave_scheduler()
+
+    def _leave_scheduler(self) -> None:
         if self._scheduler is not None:
             Watched.off(self._scheduler, "set_timesteps", self._start)
             Watched.off(self._scheduler, "step", self._advance)
@@ -141,7 +168,7 @@ class TimestepClock:
 
     promised = True  # how often a step calls the transformer
 
-    def __init__(self, num_steps: int, calls_per_step: int, timestep: str):
+    def __init__(self, num_steps: int | None, calls_per_step: int, timestep: str):
         self._num_steps, self._calls, self._timestep = num_steps, calls_per_step, timestep
         self._generation = self._repeats = 0
         self.counting = False
@@ -159,7 +186,15 @@ class TimestepClock:
         """A forward raised: whatever comes next is another run."""
         self.restart()
 
+    def videos(self, batch: int) -> int:
+        raise ValueError(
+            "branches_in_batch: expected how many guidance branches a batch of the bare transformer holds, with "
+            "config.per_video; got None"
+        )
+
     def read(self, arguments: Mapping[str, Any]) -> Moment:
+        if self._num_steps is None:
+            raise ValueError("config.num_steps: expected the number of steps outside of handle.step(), got None")
         if self.counting:
             if self._call in (0, self._calls):
                 self._step, self._call = self._step + 1, 0

@@ -212,6 +212,8 @@ class AdaCacheConfig(_Json):
         modules: with granularity `module`, which of `attention`, `cross_attention` and `mlp` are cached, and how
             often in a row each may be reused (None: as long as the rate says). What is not named is computed on
             every step.
+        per_video: whether each video of a batch follows a schedule of its own, the same as if it were alone. Else
+            one decision is taken for all of them, as in the paper.
     """
 
     codebook: Codebook
@@ -221,6 +223,7 @@ class AdaCacheConfig(_Json):
     metric: str = "l1"
     granularity: str = "stack"
     modules: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] | None = None
+    per_video: bool = False
 
     def __post_init__(self):
         if not isinstance(self.codebook, Codebook):
@@ -233,6 +236,8 @@ class AdaCacheConfig(_Json):
             isinstance(self.probe_block, bool) or not isinstance(self.probe_block, int)
         ):
             raise TypeError(f"probe_block: expected an integer or None, got {self.probe_block!r}")
+        if not isinstance(self.per_video, bool):
+            raise TypeError(f"per_video: expected True or False, got {self.per_video!r}")
         _known("metric", self.metric, METRICS)
         _known("granularity", self.granularity, GRANULARITIES)
         if self.modules is not None:

@@ -6,6 +6,7 @@ and what a computed step leaves to be kept. It has no state: that is the hook's 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .kernels import keep, reuse
@@ -29,15 +30,25 @@ class Stack:
 
     @staticmethod
     def leave(hook, stream: Stream, hidden: Tensor) -> Tensor:
-        return reuse(hidden, hook.session.branch.residuals[stream.exit])
+        part = hook.batch.part
+        kept = [session.branch.residuals[stream.exit] for session in part.sessions]
+        if len(kept) == 1:
+            return reuse(part.split(hidden)[0], kept[0]).reshape(hidden.shape)
+        out = torch.empty_like(hidden)
+        for rows, residual, into in zip(part.split(hidden), kept, part.split(out)):
+            reuse(rows, residual, out=into)
+        return out
 
     @staticmethod
-    def residuals(hook) -> tuple[dict, Tensor]:
-        kept, check = {}, 0
+    def residuals(hook) -> tuple[list[dict], list[Tensor]]:
+        part = hook.batch.part
+        kept: list[dict] = [{} for _ in part.sessions]
+        checks: list = [0] * len(kept)
         for stream, entry, output in hook.passed():
-            (kept[stream.exit],), sums = keep(output, entry)
-            check = check + sums[:, 4].sum()
-        return kept, check
+            for i, (after, before) in enumerate(zip(part.split(output), part.split(entry))):
+                (kept[i][stream.exit],), sums = keep(after, before)
+                checks[i] = checks[i] + sums[:, 4].sum()
+        return kept, checks
 
 
 class Blocks:
@@ -55,10 +66,10 @@ class Blocks:
         return hidden
 
     @staticmethod
-    def residuals(hook) -> tuple[dict, Tensor]:
+    def residuals(hook) -> tuple[list[dict], list[Tensor]]:
         if hook.in_graph:
-            return {key: residual.clone() for key, residual in hook.kept.items()}, hook.check
-        return hook.kept, hook.check
+            return [{key: residual.clone() for key, residual in hook.kept.items()}], [hook.check]
+        return [hook.kept], [hook.check]
 
 
 GRANULARITIES = {"stack": Stack, "block": Blocks, "module": Modules}

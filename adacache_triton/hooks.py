@@ -21,8 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch, Part
+from .distributed import group_of
 from .granularity import GRANULARITIES
-from .session import Mode, Session
+from .session import Branch, Call, Mode
+from .split import join, take
 from .stack import Located, Stream
 from .watched import Watched
 
@@ -38,24 +41,28 @@ class StackHook:
     """Caches one transformer. Everything it puts on the model goes away with `remove`.
 
     It holds no module, so that dropping the last reference to a model frees it at once. A copy or a pickle of the
-    transformer is uncached: the hooks that came along have no session.
+    transformer is uncached: the hooks that came along have no batch.
     """
 
-    session: Session | None = None
+    batch: Batch | None = None
     mode = Mode.PLAIN
     _open: threading.Thread | None = None  # that is inside a forward
     _begun = False  # whether one is; what a graph may ask
     _exchanged: tuple = ()
 
-    def __init__(self, root: nn.Module, located: Located, session: Session):
+    def __init__(self, root: nn.Module, located: Located, batch: Batch):
         """`root` is what is called: the transformer, or what `torch.compile` made of it."""
         model = getattr(root, "_orig_mod", root)
         self._root, self._model = weakref.ref(root), weakref.ref(model)
-        self.stack, self.session = located.stack, session
+        self.stack, self.batch = located.stack, batch
         self.probe = (located.probe_list, located.probe_index)
         self._arguments, self._positions = located.arguments, located.positions
-        self._granularity = GRANULARITIES[session.config.granularity]
-        self._batch, self._frames, self._tokens = 0, None, None
+        self._granularity = GRANULARITIES[batch.config.granularity]
+        self._frames, self._tokens = None, None
+        self._waiting: list[Part] = []  # of a batch that was split, until the first of its parts is through
+        self._next: Part | None = None  # of them, about to run
+        self._inner = False  # whether such a part runs
+        self._call: Call | None = None  # that was split
         self._name: str | None = None  # of the guidance branch
         self._warned: set[str] = set()
         self._clear()
@@ -68,7 +75,7 @@ class StackHook:
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self._seen: dict[Mode, set[str]] = {Mode.COMPUTE: set(), Mode.REUSE: set()}
         self._watching = []
-        if session.config.granularity == "stack":
+        if batch.config.granularity == "stack":
             self._watching = [
                 block.register_forward_pre_hook(functools.partial(self._see, path))
                 for path, blocks in located.others.items()
@@ -115,7 +122,7 @@ class StackHook:
         if model is not None:
             for method, tell in self._tells.items():
                 Watched.off(model, method, tell)
-        self.session = None  # what somebody has wrapped of ours does nothing from now on
+        self.batch = None  # what somebody has wrapped of ours does nothing from now on
 
     @contextmanager
     def _named(self, context, name: str, *args, **kwargs):
@@ -133,7 +140,7 @@ class StackHook:
         raise ValueError(f"enable_cache: {type(model).__name__} is cached by AdaCache; remove() it before {kind}")
 
     def _drop(self, *_, **__) -> None:
-        self.session.drop()
+        self.batch.drop()
 
     def _clear(self) -> None:
         """Nothing of a forward is left, and the model's own modules are back."""
@@ -141,7 +148,7 @@ class StackHook:
             parent._modules[name] = module
         self._exchanged = ()
         self.mode = Mode.PLAIN
-        streams = len(self.stack.streams) if self.session is not None else 0
+        streams = len(self.stack.streams) if self.batch is not None else 0
         self._entry: tuple | None = None  # the first block's list and arguments
         self._before: list[Tensor | None] = [None] * streams  # in the probed block, attention to come
         self._exits: list[Tensor | None] = [None] * streams  # inputs of the exits
@@ -152,17 +159,29 @@ class StackHook:
         self.check: Tensor | float = 0.0  # finite as long as all that is kept one by one is
 
     def _abort(self) -> None:
-        self._open = None
+        self._open, self._waiting, self._next, self._call = None, [], None, None
         self._clear()
-        self.session.forget()
-        self.session.clock.abort()
+        self.batch.part = None
+        self.batch.forget()
+        self.batch.clock.abort()
 
-    def begin(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the transformer's forward: find out what this call does, and exchange the lists for it."""
+    @property
+    def branch(self) -> Branch:
+        return self.batch.branch
+
+    def begin(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before the transformer's forward: find out what this call does, and exchange the lists for it.
+
+        Where the videos of a batch do not all do the same, the call goes on with those of the first part.
+        """
         if torch.compiler.is_compiling():
             _refuse_to_be_traced()
-        if self.session is None:
-            return
+        if self.batch is None:
+            return None
+        if self._next is not None:
+            part, self._next, self._begun = self._next, None, True
+            self._exchange(root, part, kwargs)
+            return None
         if self._open is not None:
             if self._open is not threading.current_thread() and self._open.is_alive():
                 raise RuntimeError(
@@ -174,39 +193,68 @@ class StackHook:
         if torch.is_grad_enabled():
             # A kept residual would hold on to its graph, and a reused one has none.
             self._warn("gradients are enabled, nothing is cached; use torch.no_grad()")
-            return
-        model, stack = self._model(), self.stack
-        call = stack.call(dict(zip(self._arguments, args)) | kwargs, self._name)
-        latents = call.arguments[stack.input]
-        latents = latents[0] if isinstance(latents, (list, tuple)) else latents  # a list of videos
-        if latents.dtype == torch.float64:
+            return None
+        call = self.stack.call(dict(zip(self._arguments, args)) | kwargs, self._name)
+        if call.dtype == torch.float64:
             self._warn("the model runs in float64, nothing is cached; expected float32, bfloat16 or float16")
-            return
-        mode = self.session.begin(call)
-        if mode is Mode.COMPUTE:
-            self._batch = 1 if stack.layout == "(t s) c" else latents.shape[0]
-            self._frames = self._count_frames(model, call.arguments)
-            self._tokens = stack.tokens(model, call.arguments) if stack.tokens else None
-        if self.session.doubted:
+            return None
+        parts = self.batch.begin(call, single=self._one_by_one(root))
+        if self.batch.doubted:
             self._warn(
                 "the calls of a step cannot be told apart, so they are computed; where every step makes as many, in "
                 "one order, say so by calls_per_step"
             )
+        if not parts:
+            return None
+        if len(parts) == 1:
+            self._exchange(root, parts[0], call.arguments)
+            return None
+        self._call, (first, *self._waiting) = call, parts
+        arguments = self._rows_of(call, first)
+        self._exchange(root, first, arguments)
+        return (), arguments
+
+    def _rows_of(self, call: Call, part: Part) -> dict[str, Any]:
+        return take(call.arguments, part.rows, call.batch, self.stack.shared)
+
+    def _one_by_one(self, root: nn.Module) -> bool:
+        """Whether each video needs a part of its own: what modules keep is of one, and a graph of one batch size."""
+        config, model = self.batch.config, self._model()
+        if not config.per_video or config.granularity != "stack":
+            return config.per_video
+        blocks = (block for path in self.stack.lists for block in model.get_submodule(path))
+        return root is not model or any(m._compiled_call_impl is not None for m in (model, *blocks))
+
+    def _compiled(self, root: nn.Module) -> bool:
+        return root is not self._model() or any(m._compiled_call_impl is not None for m in root.modules())
+
+    def _exchange(self, root: nn.Module, part: Part, arguments) -> None:
+        """Put the stand-ins for a part's forward into the model."""
+        model, stack = self._model(), self.stack
+        self.batch.part, mode = part, part.mode
+        if mode is Mode.COMPUTE:
+            # Once found it stays: blocks that FSDP2 has gathered do not tell any more.
+            self.batch.group = self.batch.group or group_of(model, self._first_blocks(model), self.batch.given)
+            self._frames = self._count_frames(model, arguments)
+            self._tokens = stack.tokens(model, arguments) if stack.tokens else None
         self.mode = mode
-        if mode is Mode.COMPUTE and (self._watching or self.session.config.granularity == "module"):
-            if root is not model or any(m._compiled_call_impl is not None for m in model.modules()):
-                if self.session.config.granularity == "module":
+        if mode is Mode.COMPUTE and (self._watching or self.batch.config.granularity == "module"):
+            if self._compiled(root):
+                if self.batch.config.granularity == "module":
                     raise RuntimeError("config.granularity: 'module' is not for torch.compile; use 'block' or 'stack'")
                 self._unwatch()  # a graph would hold these hooks, and another would be made without them
-        if mode is not Mode.PLAIN:
-            for path in (*stack.lists, *stack.aside):
-                parent, _, name = path.rpartition(".")
-                parent = model.get_submodule(parent)
-                self.exchange(parent, name, self._granularity.exchange(self, path, parent._modules[name]))
+        for path in (*stack.lists, *stack.aside):
+            parent, _, name = path.rpartition(".")
+            parent = model.get_submodule(parent)
+            self.exchange(parent, name, self._granularity.exchange(self, path, parent._modules[name]))
+
+    def _first_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """One of each list; blocks of a list are of a kind."""
+        return [model.get_submodule(path)[0] for path in self.stack.lists]
 
     def _count_frames(self, model: nn.Module, arguments) -> int | None:
         """Latent frames, where motion is measured."""
-        if self.session.config.motion is None:
+        if self.batch.config.motion is None:
             return None
         frames = self.stack.frames(model, arguments)
         if frames is None:
@@ -245,22 +293,17 @@ class StackHook:
         if self._tokens is not None and stream == 0:
             before = before[:, self._tokens]
             after = after[:, self._tokens] if after.shape[1] > before.shape[1] else after
-        residual = (after - before).to(before.dtype)
         if torch.compiler.is_compiling():
-            self._measured.append((stream, residual))
-        else:
-            self._observe(stream, residual)
+            self._measured.append((stream, (after - before).to(before.dtype)))
+            return
+        after, before = (self.batch.part.split(self._view(stream, x)) for x in (after, before))
+        self.batch.observe([_unit((a - b).to(b.dtype)) for a, b in zip(after, before)], stream)
 
-    def _observe(self, stream: int, residual: Tensor) -> None:
+    def _view(self, stream: int, x: Tensor) -> Tensor:
+        """A stream in the probed block as [B, T, S, C]."""
         if stream:
-            view = residual.flatten(1, -2).unsqueeze(1)
-        else:
-            view = self.stack.view(residual, self._batch, self._frames)
-        if view.stride(-1) != 1:
-            # A stream that began as a convolution's output keeps its layout, channel by channel. Sums over a frame
-            # do not care which of its two axes is called channels.
-            view = view.transpose(-1, -2) if view.stride(-2) == 1 else view.contiguous()
-        self.session.observe(view, stream)
+            return x.flatten(1, -2).unsqueeze(1)
+        return self.stack.view(x, len(self.batch.part.rows), self._frames)
 
     def _see(self, path: str, module: nn.Module, args: tuple) -> None:
         """A block of a list that is not described runs. Until a step has been reused, that is noted."""
@@ -287,22 +330,22 @@ class StackHook:
         """How to see the output of a module as frames where it is the probed attention, else None."""
         attention = self.stack.modules.get("attention", ())[:1]
         probed = key == (*self.probe, *attention, 0) and place == 0 and self.stack.attention_alone
-        if dict(self.session.config.modules or ()).get("attention") is not None:
+        if dict(self.batch.config.modules or ()).get("attention") is not None:
             return None  # it is computed between the steps that are compared, too
         if not probed or self._before[0] is None or self._tokens is not None:
             return None
-        return lambda x: self.stack.view(x, self._batch, self._frames)
+        return functools.partial(self._view, 0)
 
     def probed(self, residual: Tensor, sums: Tensor | None) -> None:
         """The probed attention was measured where it was added."""
         self._before[0] = None
-        self.session.observed(residual, sums)
+        self.batch.observed(residual, sums)
 
     def _leave(self, stream: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         if self.mode is not Mode.PLAIN and not args:
             exit = self.stack.streams[stream].exit
             raise ValueError(f"BlockStack.exit: expected {exit!r} to get the stream by position, got {list(kwargs)}")
-        if not self._begun and self.session is not None:
+        if not self._begun and self.batch is not None:
             self._warn(
                 f"BlockStack.direct: {type(self._model()).__name__}.forward was called past PyTorch's hooks, nothing "
                 "is cached; expected True, or a call of the model itself"
@@ -320,7 +363,7 @@ class StackHook:
     def _flows(self, stream: Stream) -> bool:
         """Whether a stream takes part in this forward: the audio of a model that can do without may be None."""
         if self.mode is Mode.REUSE:
-            return stream is self.stack.streams[0] or stream.exit in self.session.branch.residuals
+            return stream is self.stack.streams[0] or stream.exit in self.batch.part.sessions[0].branch.residuals
         return self._entry is None or self.argument(self._entry[0], stream.hidden, *self._entry[1:]) is not None
 
     @property
@@ -349,42 +392,76 @@ class StackHook:
                 )
             yield stream, entry, output
 
-    def end(self, root: nn.Module, args: tuple, output) -> None:
-        """After the transformer's forward: keep what it computed. `output` is None where it raised."""
+    def end(self, root: nn.Module, args: tuple, output):
+        """After the transformer's forward: keep what it computed. `output` is None where it raised.
+
+        Where the batch was split, the transformer runs for the other parts, and all outputs are returned as one.
+        """
         if self._open is not threading.current_thread():
-            return  # it is a copy's, or the call of a second thread, which was refused
+            return None  # it is a copy's, or the call of a second thread, which was refused
         self._begun = False
         missing = [s.exit for s, x in zip(self.stack.streams, self._exits) if x is None and self._flows(s)]
         if output is None:
             self._abort()
         elif self.mode is not Mode.PLAIN and missing:
             message, reused = f"BlockStack.exit: {missing[0]!r} did not run after the blocks", self.mode is Mode.REUSE
+            several = bool(self._waiting) or self._inner
             self._abort()
-            if reused:
+            if reused or several:
                 raise RuntimeError(f"AdaCache: {message} of a reused step, as it did of a computed one")
             self._warn(f"{message}, nothing is cached")
         elif self.mode is Mode.COMPUTE:
             for stream, residual in self._measured:
-                self._observe(stream, residual.clone())
-            residuals, check = self._granularity.residuals(self)
-            session, streams = self.session, sum(map(self._flows, self.stack.streams))
+                view = _unit(self._view(stream, residual))
+                self.batch.observe([x.clone() for x in self.batch.part.split(view)], stream)
+            residuals, checks = self._granularity.residuals(self)
+            sessions, streams = self.batch.part.sessions, sum(map(self._flows, self.stack.streams))
             self._clear()
-            session.keep(residuals, check, streams)
-            if len(session.branch.probes) < streams and not session.over:
+            self.batch.keep(residuals, checks, streams)
+            if any(len(each.branch.probes) < streams and not each.over for each in sessions):
                 self._warn(
                     f"BlockStack.probe_after: {self.stack.probe_after!r} did not run in the probed block, "
                     "so every step is computed"
                 )
         reused = self.mode is Mode.REUSE
-        self._open = None
         self._clear()
+        if self._inner:
+            return None  # the other parts are still to come
+        joined = self._run_waiting(root, output) if self._waiting else None
+        self._open = self.batch.part = None
         if reused and self._watching:
             self._check_lists()
+        return joined
+
+    def _run_waiting(self, root: nn.Module, output):
+        """The transformer's call for each of the other parts; the outputs of all as that of one call."""
+        call, self._call = self._call, None
+        parts, self._waiting = self._waiting, []
+        outputs, rows = [output], [self.batch.part.rows]
+        self._inner = True
+        try:
+            for self._next in parts:
+                rows.append(self._next.rows)
+                outputs.append(root(**self._rows_of(call, self._next)))
+        finally:
+            self._inner, self._next = False, None
+        return join(outputs, rows, call.batch)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"AdaCache: {message}", stacklevel=4)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """A residual with unit stride in its last dimension.
+
+    A stream that began as a convolution's output keeps its layout, channel by channel. Sums over a frame do not care
+    which of its two axes is called channels.
+    """
+    if x.stride(-1) == 1:
+        return x
+    return x.transpose(-1, -2) if x.stride(-2) == 1 else x.contiguous()
 
 
 @torch.compiler.assume_constant_result  # it runs while a graph is made: what a graph raises only breaks it
@@ -407,13 +484,13 @@ class Around:
         return self.own or getattr(type(self._root()), self._name).__get__(self._root())
 
     def __call__(self, *args, **kwargs):
-        root, output = self._root(), None
+        root, output, joined = self._root(), None, None
         try:
-            self._hook.begin(root, args, kwargs)
+            args, kwargs = self._hook.begin(root, args, kwargs) or (args, kwargs)
             output = self.__wrapped__(*args, **kwargs)
         finally:
-            self._hook.end(root, args, output)
-        return output
+            joined = self._hook.end(root, args, output)
+        return output if joined is None else joined
 
     def __reduce__(self):
         # Copying and pickling reach the root first, so this is the plain forward of the root's copy.

@@ -54,7 +54,7 @@ class Modules:
     def exchange(hook, path: str, blocks: nn.ModuleList) -> nn.ModuleList:
         if path in hook.stack.aside:
             return blocks
-        cached = dict(hook.session.config.modules or dict.fromkeys(hook.stack.modules))
+        cached = dict(hook.batch.config.modules or dict.fromkeys(hook.stack.modules))
         for i, block in enumerate(blocks):
             for name, limit in cached.items():
                 for module in hook.stack.modules.get(name, ()):
@@ -77,16 +77,16 @@ class Modules:
         return hidden
 
     @staticmethod
-    def residuals(hook) -> tuple[dict, Tensor]:
+    def residuals(hook) -> tuple[list[dict], list[Tensor]]:
         exits = sum(output.sum(dtype=torch.float32) for _, _, output in hook.passed())
-        return hook.session.branch.residuals, hook.check + exits
+        return [hook.branch.residuals], [hook.check + exits]
 
 
 class Part(StandIn):
     """In the place of a module of a block."""
 
     def forward(self, *args, **kwargs):
-        residuals = self.hook.session.branch.residuals
+        residuals = self.hook.branch.residuals
         key = (*self.key, self.calls)  # a block may call a module twice
         self.__dict__["calls"] += 1
         kept = residuals.get(key)
@@ -152,7 +152,7 @@ class Computing:
         fits = kept is not None and kept.shape == branch.shape and kept.dtype == branch.dtype
         kept = kept if fits else torch.empty_like(branch, memory_format=torch.contiguous_format)
         view = hook.probed_view(self.key, place) if branch.shape == self.output.shape else None
-        measured = 0 in hook.session.branch.probes
+        measured = 0 in hook.branch.probes
         if measured and not fits:
             view = None  # what was kept is elsewhere: it is compared after the sum
         as_frames = view or (lambda x: x.unsqueeze(1))
@@ -163,8 +163,8 @@ class Computing:
             None if gate is None else as_frames(gate.expand(hidden.shape)),
             as_frames(kept),
             measure=measured and view is not None,
-            frame_strides=hook.session.frame_strides,
-            metric=hook.session.config.metric,
+            frame_strides=hook.batch.frame_strides,
+            metric=hook.batch.config.metric,
             out=as_frames(out),
         )
         self._keep(kept)

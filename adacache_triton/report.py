@@ -17,30 +17,39 @@ class Report:
         steps: a record of each step begun.
         kept_bytes: the most that was kept at a time, over all guidance branches.
         granularity: what kept a residual.
+        videos: where each of several videos followed its own schedule, a report of each; `steps` is empty then.
     """
 
     num_steps: int
     steps: tuple[Step, ...]
     kept_bytes: int
     granularity: str = "stack"
+    videos: tuple[Report, ...] = ()
 
     @property
     def computed_steps(self) -> list[int]:
-        return [s.step for s in self.steps if s.computed]
+        """Steps in which blocks ran: of several videos, those of any."""
+        records = [*self.steps, *(s for video in self.videos for s in video.steps)]
+        return sorted({s.step for s in records if s.computed})
 
     def to_dict(self) -> dict:
-        return {
+        data = {
             "num_steps": self.num_steps,
             "computed_steps": self.computed_steps,
             "kept_bytes": self.kept_bytes,
             "granularity": self.granularity,
             "steps": [s.to_dict() for s in self.steps],
         }
+        if self.videos:
+            data["videos"] = [video.to_dict() for video in self.videos]
+        return data
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
+        if self.videos:
+            return "\n".join(f"video {i}: {video}" for i, video in enumerate(self.videos, 1))
         done, computed = len(self.steps), len(self.computed_steps)
         lines = [
             f"{computed} of {done} steps computed ({self.num_steps} in the run), {self.kept_bytes:,} bytes kept "

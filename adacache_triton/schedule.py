@@ -20,7 +20,7 @@ class Step:
     Attributes:
         step: counted from 1.
         reason: why it was computed, or `reused`: `first` of the run, `rate` expired, one of the two at the `tail`,
-            or `restart`: planned as reused, but what was kept did not fit or was not there.
+            or `restart`: planned as reused, but what was kept did not fit, was not finite or not there.
         previous_rate: k of the computed step before, None where nothing was compared.
         distance: relative L1 change of the probed residual a step, before motion regularisation.
         motion: the motion score m, None outside the window or without MoReg.
@@ -57,8 +57,8 @@ class Schedule:
     """
 
     def __init__(self, config: AdaCacheConfig, num_steps: int):
-        if num_steps < 3:
-            raise ValueError(f"num_steps: expected at least 3, got {num_steps}")
+        if num_steps < 1:
+            raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
         self.config, self.num_steps = config, num_steps
         self.steps: list[Step] = []
         self.computed = 0  # the last computed step

@@ -1,8 +1,9 @@
-"""One place that knows where a run is: its schedule, its guidance branches, and what each of them keeps."""
+"""The state of one run: its schedule, its guidance branches, and what each of them keeps."""
 
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clock import Moment
 from .config import AdaCacheConfig
-from .kernels import residual_stats
+from .readback import Readback
+from .report import Report
 from .schedule import Schedule, Step
-
-MAX_BRANCHES = 8  # calls a step; a loop that never tells its steps would keep a residual for each
 
 
 class Mode(Enum):
@@ -54,12 +53,15 @@ class Branch:
     computed: int = 0
     called: int = 0
 
+    def tensors(self) -> list[Tensor]:
+        """The kept residuals, of whatever granularity."""
+        kept = self.residuals.values()
+        return [t for each in kept for t in ([each] if isinstance(each, Tensor) else each.tensors())]
+
     @property
     def nbytes(self) -> int:
-        tensors = list(self.probes.values())
-        for kept in self.residuals.values():
-            tensors += [kept] if isinstance(kept, Tensor) else kept.tensors()
         # A probe may be a view of what a module keeps.
+        tensors = (*self.tensors(), *self.probes.values())
         return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
 
     def clear(self) -> None:
@@ -80,95 +82,98 @@ class Call:
 
     Attributes:
         arguments: by name.
-        signature: see `Branch`.
+        batch: samples in it.
+        dtype: of the latents.
+        facts: what identifies the video: plain values, and of each tensor its place, the part of its shape that is
+            not the batch, dtype and device.
         conditions: the tensors besides the latents and the timesteps.
         name: of the guidance branch, where the pipeline gives one.
     """
 
     arguments: Mapping[str, Any]
-    signature: tuple
+    batch: int
+    dtype: torch.dtype
+    facts: tuple
     conditions: tuple[Tensor, ...]
     name: str | None = None
 
 
-class Readback:
-    """A few numbers on their way to the host: sent when they are queued on the device, waited for when read."""
+class AdaCacheSession:
+    """One run: of a video that follows its own schedule, or of all videos of a batch that follow one together.
 
-    def __init__(self, numbers: Tensor):
-        self._host, self._arrived = numbers, None
-        if numbers.is_cuda:
-            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._host.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(numbers.device))
+    For every forward `begin`, then, where it computes, `sent` for each stream that was measured, and `keep`.
 
-    def tolist(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host.tolist()
-
-
-class Session:
-    """The state of the run in progress, or of the last one.
-
-    For every forward `begin`, then, where it computes, `observe` and `keep` for the branch in `branch`.
+    Attributes:
+        num_steps: denoising steps of the run.
+        step: the one begun last, counted from 1; 0 before the first.
+        kept_bytes: the most that this run kept at a time.
     """
 
-    def __init__(self, config: AdaCacheConfig, clock):
-        self.config, self.clock = config, clock
-        self.schedule: Schedule | None = None
+    def __init__(self, config: AdaCacheConfig, num_steps: int):
+        self.config, self.num_steps = config, num_steps
+        self.schedule = Schedule(config, num_steps)
+        self.step = self.kept_bytes = 0
         self.branches: list[Branch] = []  # in the order of their calls
         self.branch: Branch | None = None
-        self.kept_bytes = 0  # the most that this run kept at a time
-        self.generation = self.num_steps = self.earlier = 0  # as the clock counts them
         self.doubted = False  # whether a call was computed because nothing told whose it was
         self._forget_measured()
 
     def _forget_measured(self) -> None:
-        self._sums: dict[int, Tensor] = {}  # measured by this forward's probe, for each stream
-        self._total: Tensor | None = None  # over the branches of the last computed step
-        self._readback: Readback | None = None  # of the total; None where none had anything to compare
+        self._sent: dict[int, tuple[Readback, int]] = {}  # this forward's sums for each stream, by row
+        self._measured: list[list[tuple[Readback, int]]] = []  # of the last computed step, for each of its branches
+        self._checks: list[tuple[Readback, int]] = []  # finite if what the step kept is, likewise
 
     @property
     def over(self) -> bool:
         """Whether the step begun last is the last of the run: nothing is kept from then on."""
-        steps = self.schedule.steps
-        return bool(steps) and steps[-1].step == self.schedule.num_steps
+        return self.step >= self.num_steps
 
-    def begin(self, call: Call) -> Mode:
-        """Start a forward: find its run, step and branch, and say what it does."""
-        moment = self.clock.read(call.arguments)
-        if moment is None:
-            return Mode.PLAIN
-        if moment.generation != self.generation:
-            self.forget()
-            self.generation, self.kept_bytes = moment.generation, 0
-            self.num_steps, self.earlier = moment.num_steps, moment.earlier
-            # Of fewer than three steps all would be computed.
-            self.schedule = Schedule(self.config, moment.num_steps) if moment.num_steps >= 3 else None
-        if self.schedule is None or moment.step > moment.num_steps or moment.call > MAX_BRANCHES:
-            return Mode.PLAIN
+    @property
+    def nbytes(self) -> int:
+        """What is kept now, over all guidance branches."""
+        return sum(branch.nbytes for branch in self.branches)
+
+    def report(self) -> Report:
+        """What the run did so far. Reads measured values from the device."""
+        return Report(self.num_steps, tuple(self.steps()), self.kept_bytes, self.config.granularity)
+
+    def begin(self, step: int, place: int, samples: int, call: Call, promised: bool) -> Mode:
+        """Start a forward: find its branch, and say what it does.
+
+        Args:
+            step: from 1.
+            place: of the call in the step, from 1.
+            samples: of the call's batch that are of this run.
+            call: its arguments.
+            promised: whether every step makes the same calls in one order.
+        """
         schedule = self.schedule
-        if not schedule.steps or moment.step != schedule.steps[-1].step:
+        if not schedule.steps or step != schedule.steps[-1].step:
             self._settle(schedule)
-            self._forget_measured()
             before = schedule.computed
-            if schedule.begin(moment.step).computed:
+            planned = schedule.begin(step)
+            self.step = step
+            if not planned.computed and self._broken():
+                schedule.restart()
+            if planned.computed:
+                self._forget_measured()
                 # A branch that sat out the last computed step has nothing to compare with, or is gone for good.
                 self.branches = [b for b in self.branches if b.computed == before]
-        self.branch, certain = self._find(call, moment)
-        self.branch.called = moment.step
+        self.branch, certain = self._find((samples, *call.facts), place, call, promised)
+        self.branch.called = step
         if not schedule.steps[-1].computed:
             if certain and self.branch.residuals and self.branch.computed == schedule.computed:
                 return Mode.REUSE
             self.doubted = self.doubted or not certain
             schedule.restart()  # nothing is kept, or whose it is or how old is in doubt
+            self._forget_measured()
+        if schedule.steps[-1].reason == "restart":
             self.branch.probes.clear()
         if self.config.granularity != "module":  # whose kept tensors are overwritten in place
             self.branch.residuals.clear()  # freed before the blocks run
         return Mode.COMPUTE
 
-    def _find(self, call: Call, moment: Moment) -> tuple[Branch, bool]:
+    def _find(self, signature: tuple, place: int, call: Call, promised: bool) -> tuple[Branch, bool]:
         """The branch that a call belongs to: by name, by the conditions that it shares, by its place in the step.
 
         And whether that is certain: of several branches with the same conditions, or none, place alone says which,
@@ -180,82 +185,79 @@ class Session:
             known = [b for b in self.branches if b.condition(call.conditions)]
         by_place = not known and call.name is None
         if by_place:
-            known = [b for b in self.branches[moment.call - 1 :][:1] if b.condition(call.conditions) is None]
-        certain = self.clock.promised or call.name is not None or len(self.branches if by_place else known) <= 1
-        found = next((b for b in known if b.called != moment.step), None)
-        if found is not None and found.signature == call.signature:
+            known = [b for b in self.branches[place - 1 :][:1] if b.condition(call.conditions) is None]
+        certain = promised or call.name is not None or len(self.branches if by_place else known) <= 1
+        found = next((b for b in known if b.called != self.step), None)
+        if found is not None and found.signature == signature:
             found.held = found.held or bool(found.condition(call.conditions))
             return found, certain
-        branch = Branch(call.signature, call.name, tuple(map(weakref.ref, call.conditions)))
+        branch = Branch(signature, call.name, tuple(map(weakref.ref, call.conditions)))
         if found is None:
             self.branches.append(branch)
         else:
             self.branches[self.branches.index(found)] = branch
         return branch, True
 
-    def observe(self, residual: Tensor, stream: int = 0) -> None:
-        """Measure the probe's residual [B, T, S, C] of a computed step against the kept one, and keep it.
+    def sent(self, stream: int, readback: Readback, row: int) -> None:
+        """A stream's sums of this forward are on their way."""
+        self._sent[stream] = readback, row
 
-        Motion is that of the first stream.
-        """
-        kept, sums = self.branch.probes.get(stream), None
-        if kept is not None:
-            strides = self.frame_strides if stream == 0 else ()
-            sums = residual_stats(residual, kept, frame_strides=strides, metric=self.config.metric)
-        self.observed(residual, sums, stream)
-
-    @property
-    def frame_strides(self) -> tuple[int, ...]:
-        return self.config.motion.frame_strides if self.config.motion else ()
-
-    def observed(self, residual: Tensor, sums: Tensor | None, stream: int = 0) -> None:
-        """A probe's residual and its sums [B, columns] against the one kept before, None where there was none."""
-        if sums is not None:
-            self._sums[stream] = sums.sum(0)
-        self.branch.probes[stream] = residual
-
-    def keep(self, residuals: Mapping[Hashable, Any], check: Tensor, streams: int) -> None:
-        """Keep the residuals of a computed step, in which so many streams took part. `check` is finite if they are."""
-        branch, schedule = self.branch, self.schedule
-        branch.residuals, branch.computed = dict(residuals), schedule.computed
-        self.kept_bytes = max(self.kept_bytes, sum(b.nbytes for b in self.branches))
-        # 0, or NaN where any value is not finite: one broken residual breaks the distance, and rate 1 follows.
-        measured = len(self._sums) == streams
-        row = check * 0
-        if measured:
-            row = row + torch.cat([self._sums[i] for i in sorted(self._sums)])
-        self._total = row if self._total is None else self._total + row
-        if measured or self._readback is not None:
-            self._readback = Readback(self._total)
-        self._sums = {}
+    def keep(self, residuals: Mapping[Hashable, Any], streams: int) -> None:
+        """Keep the residuals of a computed step, in which so many streams took part."""
+        branch = self.branch
+        branch.residuals, branch.computed = dict(residuals), self.schedule.computed
+        self.kept_bytes = max(self.kept_bytes, self.nbytes)
+        if len(self._sent) == streams:
+            self._measured.append([self._sent[stream] for stream in sorted(self._sent)])
+        self._sent = {}
         if self.over:
             branch.clear()  # the run is over
+
+    def checked(self, readback: Readback, row: int) -> None:
+        """Whether what this forward kept is finite is on its way."""
+        self._checks.append((readback, row))
 
     def steps(self) -> list[Step]:
         """The records of the run so far, what was measured last included."""
         schedule = copy.deepcopy(self.schedule)  # decided here, the other branches of the step would be left out
-        if schedule is None:
-            return []
         self._settle(schedule)
         return schedule.steps
 
     def settle(self) -> None:
         """Put what was measured last into the records: the run ends here."""
-        if self.schedule is not None:
-            self._settle(self.schedule)
-            self._forget_measured()
+        self._settle(self.schedule)
+        self._forget_measured()
 
     def _settle(self, schedule: Schedule) -> None:
         """Decide on what the last computed step measured, all branches together."""
-        if self._readback is not None and schedule.steps[-1].reason != "restart":
-            schedule.decide(self._readback.tolist())
+        last = schedule.steps[-1] if schedule.steps else None
+        if not self._measured or not last.computed or last.reason == "restart" or last.rate is not None:
+            return
+        sums: list[float] = []
+        for stream in zip(*self._measured):
+            sums += map(sum, zip(*(readback.row(i) for readback, i in stream)))
+        schedule.decide([math.nan] * len(sums) if self._broken() else sums)
+
+    def _broken(self) -> bool:
+        """Whether anything that the last computed step kept is not finite.
+
+        A device that works on its own is asked a step later: it would run dry while the host waited for the end of the
+        step just queued. What is reused until then makes nothing worse: a stream that is not finite at the stack's
+        exit has made that step's own output so. Only a float16 residual may overflow where its stream does not.
+        """
+        late = any(readback.late for readback, _ in self._checks)
+        if late and self.step <= self.schedule.computed + 1:
+            kept = (tensor for branch in self.branches for tensor in branch.tensors())
+            if not any(tensor.dtype == torch.float16 for tensor in kept):
+                return False
+        return not all(math.isfinite(number) for readback, i in self._checks for number in readback.row(i))
 
     def drop(self) -> None:
         """What is kept is of other weights than the next step's, or the run was left; that step is computed."""
-        if self.schedule is not None and not self.over:
+        if not self.over:
             self.forget()
 
     def forget(self) -> None:
-        """Drop all that is kept: the next forward computes. The records stay until the next run."""
+        """Drop all that is kept: the next forward computes. The records stay."""
         self.branches, self.branch = [], None
         self._forget_measured()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .session import Call
 
 LAYOUTS = ("b (t s) c", "(b t) s c", "(b s) t c", "(t s) c")
+SHARDS = ("sequence", "space")
 Arguments = Mapping[str, Any]
 
 
@@ -65,6 +66,9 @@ class BlockStack:
             `probe_before` and `probe_after`, so that granularity `module` may measure it where it is added.
         modules: for granularity `module`, paths inside a block of its attention, cross-attention and MLP modules.
         direct: the model's own code calls its `forward`, past PyTorch's hooks, as methods named `forward_with_cfg` do.
+        shared: names of the forward's arguments that have no batch, such as rotary tables and indices of frames.
+        shards: how ranks under sequence parallelism share a block's tokens: `sequence`, each a run of them, or
+            `space`, each a part of every frame.
         refused: a reason why this model cannot be cached.
     """
 
@@ -87,6 +91,8 @@ class BlockStack:
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aside: tuple[str, ...] = ()
     direct: bool = False
+    shared: tuple[str, ...] = ()
+    shards: str = "sequence"
     refused: str | None = None
 
     def __post_init__(self):
@@ -96,6 +102,8 @@ class BlockStack:
             raise ValueError(f"BlockStack.probe_list: expected one of {self.lists}, got {self.probe_list!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"BlockStack.layout: expected one of {LAYOUTS}, got {self.layout!r}")
+        if self.shards not in SHARDS:
+            raise ValueError(f"BlockStack.shards: expected one of {SHARDS}, got {self.shards!r}")
         if self.tokens is not None and self.layout != "b (t s) c":
             raise ValueError(f"BlockStack.tokens: expected layout 'b (t s) c' with it, got {self.layout!r}")
         for name in self.modules:
@@ -113,18 +121,24 @@ class BlockStack:
 
     def call(self, arguments: Arguments, name: str | None) -> Call:
         """A forward's arguments, told apart: what identifies the video, what the guidance branch."""
-        signature, conditions = [], []
+        latents = arguments[self.input]
+        latents = latents[0] if isinstance(latents, (list, tuple)) else latents  # a list of videos
+        batch = 1 if self.layout == "(t s) c" else len(latents)
+        facts, conditions = [], []
         for argument, value in arguments.items():
             if isinstance(value, (bool, int, float, str)):
                 if argument != self.timestep:
-                    signature.append((argument, value))
+                    facts.append((argument, value))
                 continue
             for place, tensor in _tensors(argument, value):
-                signature.append((place, tensor.shape, tensor.dtype, tensor.device))
+                shape = tuple(tensor.shape)
+                if shape[:1] == (batch,) and argument not in self.shared:
+                    shape = ("batch", *shape[1:])
+                facts.append((place, shape, tensor.dtype, tensor.device))
                 # Another timestep, or sigma, is of another step, not of another branch.
                 if argument not in (self.input, self.timestep) and "timestep" not in argument and tensor.dim() > 1:
                     conditions.append(tensor)
-        return Call(arguments, tuple(signature), tuple(conditions), name)
+        return Call(arguments, batch, latents.dtype, tuple(facts), tuple(conditions), name)
 
     def view(self, residual: Tensor, batch: int, frames: int | None) -> Tensor:
         """A block's tensor as a [B, T, S, C] view, without a copy; T is 1 where frames are not known."""

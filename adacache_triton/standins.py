@@ -61,7 +61,7 @@ class BlockReplay(StandIn):
     """A reused block: what it kept is added to its arguments."""
 
     def forward(self, *args, **kwargs):
-        kept, outputs = self.hook.session.branch.residuals, []
+        kept, outputs = self.hook.branch.residuals, []
         for name in self.hook.stack.carried:
             residual = kept.get((*self.key, name))
             if residual is not None:

@@ -60,7 +60,7 @@ def test_its_description_is_right(example):
     )
     with handle.run():
         outputs = [model(*call) for _ in range(2)]
-        probe = handle._cached[0].session.branch.probes[0]
+        probe = handle._cached[0].batch.sessions[0].branch.probes[0]
         outputs += [model(*call) for _ in range(2)]
     assert handle.report().computed_steps == [1, 2]
     for output in outputs:

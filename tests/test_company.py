@@ -218,7 +218,7 @@ def test_lora_in_the_middle_of_a_run(lora, granularity):
 
         def changed(change=change):
             change()
-            kept.extend(handle._cached[0].session.branches)
+            kept.extend(handle._cached[0].batch.sessions[0].branches)
 
         video(pipe, callback_on_step_end=after(3, changed))
         reasons = [step.reason for step in handle.report().steps]

@@ -103,7 +103,7 @@ def test_the_probe_is_the_gated_attention(models, name):
     if name in {"sana_wm", "motif_video"}:
         pytest.skip("what a camera, or text cross-attention, adds is measured with the attention")
     handle = apply_adacache(model, config())
-    hook, session = handle._cached[0].hook, handle._cached[0].session
+    hook, batch = handle._cached[0].hook, handle._cached[0].batch
     block = model.get_submodule(hook.probe[0])[hook.probe[1]]
 
     def probed(factor):
@@ -115,7 +115,7 @@ def test_the_probe_is_the_gated_attention(models, name):
         run(model, name, [500], None)
         for part in parts:
             part.remove()
-        return list(session.branch.probes.values())
+        return list(batch.sessions[0].branch.probes.values())
 
     once, never, twice = probed(1), probed(0), probed(2)
     assert len(once) == len(stack.streams)

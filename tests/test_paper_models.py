@@ -171,7 +171,7 @@ def test_the_probe_is_the_gated_attention_of_the_middle_temporal_block_frame_by_
     with handle.run():
         for t, expected in zip(times, (old, new)):
             paper.call(model, latents(paper), torch.full((2,), t))
-            kept = handle._cached[0].session.branch.probes[0]
+            kept = handle._cached[0].batch.sessions[0].branch.probes[0]
             assert kept.shape == (2, frames, tokens, old.shape[-1])
             torch.testing.assert_close(kept, expected, rtol=0, atol=1e-5)
         _, step = handle.report().steps

@@ -169,7 +169,7 @@ def test_a_loop_that_never_steps_is_computed_and_keeps_little(pipe, transformer)
         for t in pipe.scheduler.timesteps.repeat(3):
             transformer(timestep=t.expand(1), **call)
     assert handle.report().computed_steps == [1]
-    assert len(handle._cached[0].session.branches) == 8
+    assert len(handle._cached[0].batch.sessions[0].branches) == 8
 
 
 def test_a_branch_that_sat_out_steps_is_computed_when_it_returns(pipe, transformer):
@@ -216,7 +216,7 @@ def test_branches_are_told_apart_by_what_conditions_them(pipe, transformer, call
             for name in calls.get(step, "uc"):
                 before = len(ran)
                 transformer(latents, t.expand(1), encoder_hidden_states=texts[name], return_dict=False)
-                residual = handle._cached[0].session.branch.residuals.get("norm_out")
+                residual = handle._cached[0].batch.sessions[0].branch.residuals.get("norm_out")
                 if len(ran) > before:
                     kept[name] = residual
                 else:
@@ -299,7 +299,7 @@ def test_half_precision_with_a_float32_exit(transformer):
         outputs = []
         for _ in range(4):
             outputs.append(half(latents, torch.tensor([500]), encoder_hidden_states=text, return_dict=False)[0])
-        branch = handle._cached[0].session.branch
+        branch = handle._cached[0].batch.sessions[0].branch
         assert {branch.residuals["norm_out"].dtype, branch.probes[0].dtype, outputs[-1].dtype} == {torch.bfloat16}
     assert handle.report().computed_steps == [1, 2]
     torch.testing.assert_close(outputs[3], outputs[0], rtol=0.02, atol=0.02)

@@ -101,8 +101,8 @@ def test_guidance_branches_are_known_by_the_pipelines_names(pipeline):
     _, pipe, run = pipeline
     handle = apply_adacache(pipe, CONFIG)
     seen = []
-    session = handle._cached[0].session
-    pipe.transformer.register_forward_hook(lambda *_: seen.append(session.branch.name))
+    batch = handle._cached[0].batch
+    pipe.transformer.register_forward_hook(lambda *_: seen.append(batch.sessions[0].branch.name))
     run()
     assert seen == ["cond", "uncond"] * STEPS
     assert handle._cached[0].hook._name is None, "forgotten when the context ends"
@@ -113,7 +113,7 @@ def test_each_of_two_transformers_has_its_own_run(pipeline):
     _, pipe, run = pipeline
     handle = apply_adacache(pipe, CONFIG)
     run()
-    high, low = (each.session.schedule for each in handle._cached)
+    high, low = (each.batch.sessions[0].schedule for each in handle._cached)
     assert [s.step for s in high.steps] == [1, 2, 3] and [s.step for s in low.steps] == [1, 2, 3, 4, 5]
     assert [s.reason for s in low.steps] == ["first", "rate", "reused", "tail", "tail"]
     assert [s.step for s in handle.report().steps] == list(range(1, 9))
@@ -131,8 +131,8 @@ def test_windows_of_a_longer_video_are_runs_of_their_own(pipeline):
     _, pipe, _ = pipeline
     handle = apply_adacache(pipe, CONFIG)
     begun = []
-    session = handle._cached[0].session
-    pipe.transformer.register_forward_hook(lambda *_: begun.append((session.schedule, handle.current.reason)))
+    batch = handle._cached[0].batch
+    pipe.transformer.register_forward_hook(lambda *_: begun.append((batch.sessions[0].schedule, handle.current.reason)))
     pipe(**PIPELINES["skyreels_v2_df"].make(STEPS)[1] | {
         "num_frames": 17, "base_num_frames": 9, "overlap_history": 5,
     })  # fmt: skip

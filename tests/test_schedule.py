@@ -154,8 +154,8 @@ def test_chosen_rate_divides_even_where_the_tail_cut_it_short():
 
 
 def test_misuse_is_named():
-    with pytest.raises(ValueError, match="num_steps: expected at least 3, got 2"):
-        Schedule(CONFIG, 2)
+    with pytest.raises(ValueError, match="num_steps: expected at least 1, got 0"):
+        Schedule(CONFIG, 0)
     schedule = Schedule(CONFIG, 9)
     schedule.begin(4)
     with pytest.raises(ValueError, match="step: expected one after 4, got 4"):

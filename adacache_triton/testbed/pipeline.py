@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LatteTransformer3DModel
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 from .videos import CLASSES, NUM_FRAMES, SIZE, to_pixels
 
@@ -35,15 +36,20 @@ class EmbeddedPipeline(DiffusionPipeline):
         transformer = LatteTransformer3DModel.from_pretrained(WEIGHTS / "transformer", torch_dtype=dtype)
         return cls(transformer.eval(), FlowMatchEulerDiscreteScheduler.from_pretrained(WEIGHTS / "scheduler"))
 
+    def prepare_latents(self, videos: int, generator, device: torch.device) -> torch.Tensor:
+        """Noise, [videos, C, T, H, W]."""
+        shape = (videos, self.transformer.config.in_channels, NUM_FRAMES, SIZE, SIZE)
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str],
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> EmbeddedOutput:
-        """Denoise one video for each class name in `prompt`. The generator lives on the CPU."""
+        """Denoise one video for each class name in `prompt`. The generator, or one a video, lives on the CPU."""
         classes = [prompt] if isinstance(prompt, str) else prompt
         for name in classes:
             if name not in CLASSES:
@@ -53,8 +59,7 @@ class EmbeddedPipeline(DiffusionPipeline):
         for i, name in enumerate(classes):
             captions[len(classes) + i, 0, CLASSES.index(name)] = 1
         captions = captions.to(device, model.dtype)
-        shape = (len(classes), model.config.in_channels, NUM_FRAMES, SIZE, SIZE)
-        latents = torch.randn(shape, generator=generator).to(device)
+        latents = self.prepare_latents(len(classes), generator, device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
         for t in self.scheduler.timesteps:

@@ -1,0 +1,228 @@
+"""The batch at a transformer's door: which videos are in it, which of them compute, and which reuse."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .config import AdaCacheConfig
+from .kernels import residual_stats
+from .readback import Readback
+from .session import AdaCacheSession, Branch, Call, Mode
+
+MAX_BRANCHES = 8  # calls a step; a loop that never tells its steps would keep a residual for each
+
+
+@dataclass(eq=False)
+class Part:
+    """The samples of a batch that go through the transformer together: those that compute, or those that reuse.
+
+    Sample b of a part with n sessions is of session b % n: guidance halves lie one after the other.
+
+    Attributes:
+        mode: what the forward does.
+        sessions: the runs that take part, in the batch's order.
+        rows: its samples in the batch.
+        apart: whether sessions stand for single videos; else there is one, for the whole batch.
+    """
+
+    mode: Mode
+    sessions: tuple[AdaCacheSession, ...]
+    rows: Sequence[int]
+    apart: bool
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Each session's samples of a tensor that holds the part's, as views; frames come out of the batch."""
+        if not self.apart:
+            return [tensor]
+        if len(tensor) % len(self.rows):
+            raise ValueError(
+                f"config.per_video: expected the batch first in a block's tensors, {len(self.rows)} samples or a "
+                f"multiple, got shape {tuple(tensor.shape)}"
+            )
+        if len(tensor) != len(self.rows):
+            tensor = tensor.unflatten(0, (len(self.rows), -1))
+        return [tensor[i :: len(self.sessions)] for i in range(len(self.sessions))]
+
+
+class Batch:
+    """What a cached transformer works at: the runs of the videos in its batch.
+
+    For every forward `begin`, then for each `part` of it that computes `observe` and `keep`.
+
+    Attributes:
+        sessions: a run for each video, or one for all of them together.
+        part: the one that a forward is at.
+        kept_bytes: the most that the run in progress, or the last one, kept at a time.
+        given: the ranks that decide together as the user says; `group` are those that do.
+    """
+
+    def __init__(self, config: AdaCacheConfig, clock, branches: int | None, given: ProcessGroup | None):
+        self.config, self.clock, self.given = config, clock, given
+        self.group: ProcessGroup | None = None
+        self._branches = branches
+        self.sessions: list[AdaCacheSession] = []
+        self.part: Part | None = None
+        self.generation = self.num_steps = self.earlier = self.kept_bytes = 0  # as the clock counts them
+        self._served: weakref.WeakSet[AdaCacheSession] = weakref.WeakSet()  # runs of a serving loop
+        self._open: list[AdaCacheSession] | None = None  # those of its step
+        self._calls = 0  # in it
+
+    @property
+    def doubted(self) -> bool:
+        return any(session.doubted for session in self.sessions)
+
+    @property
+    def frame_strides(self) -> tuple[int, ...]:
+        return self.config.motion.frame_strides if self.config.motion else ()
+
+    @property
+    def branch(self) -> Branch:
+        """Of a part with one session: what is kept for this call."""
+        (session,) = self.part.sessions
+        return session.branch
+
+    def begin(self, call: Call, single: bool = False) -> list[Part]:
+        """Start a forward: the parts that it falls into; none where it is as if there were no cache.
+
+        `single`: every video has a part of its own.
+        """
+        if self._open is not None:
+            self._calls += 1
+            sessions, place, promised = self._open, self._calls, True
+            steps = [session.step for session in sessions]
+        else:
+            moment = self.clock.read(call.arguments)
+            if moment is None:
+                return []
+            if moment.generation != self.generation:
+                self.generation, self.sessions = moment.generation, []
+                self.num_steps, self.earlier, self.kept_bytes = moment.num_steps, moment.earlier, 0
+            # Of fewer than three steps all would be computed.
+            if moment.num_steps < 3 or moment.step > moment.num_steps or moment.call > MAX_BRANCHES:
+                return []
+            videos = self._videos(call.batch)
+            if len(self.sessions) != videos:  # at a run's beginning, or in its middle, which is a fresh start
+                self.sessions = [AdaCacheSession(self.config, moment.num_steps) for _ in range(videos)]
+            sessions, place, promised = self.sessions, moment.call, self.clock.promised
+            steps = [moment.step] * videos
+        videos = len(sessions)
+        if call.batch % videos:
+            raise ValueError(
+                f"batch: expected the samples of {videos} videos, equally many of each, got a batch of {call.batch}"
+            )
+        samples = call.batch // videos
+        modes = [session.begin(step, place, samples, call, promised) for session, step in zip(sessions, steps)]
+        groups = [[i] for i in range(videos)]
+        if not single:
+            groups = [[i for i in range(videos) if modes[i] is mode] for mode in (Mode.COMPUTE, Mode.REUSE)]
+        return [
+            Part(
+                modes[group[0]],
+                tuple(sessions[i] for i in group),
+                [half * videos + i for half in range(samples) for i in group],
+                self.config.per_video,
+            )
+            for group in groups
+            if group
+        ]
+
+    def _videos(self, batch: int) -> int:
+        """How many runs the batch holds: one, or that of its videos."""
+        if not self.config.per_video:
+            return 1
+        if self._branches is not None:
+            if batch % self._branches:
+                raise ValueError(f"branches_in_batch: expected a divisor of the batch of {batch}, got {self._branches}")
+            return batch // self._branches
+        return self.clock.videos(batch)
+
+    def admit(self, num_steps: int) -> AdaCacheSession:
+        """A new run of a serving loop."""
+        session = AdaCacheSession(self.config, num_steps)
+        self._served.add(session)
+        return session
+
+    @contextmanager
+    def step(self, sessions: Sequence[AdaCacheSession]):
+        """One denoising step of a serving loop, whose calls hold these videos in this order."""
+        if self._open is not None:
+            raise RuntimeError("step: expected no step in progress; leave its `with` block first")
+        sessions = list(sessions)
+        if not sessions:
+            raise ValueError("sessions: expected at least one, got none")
+        for i, session in enumerate(sessions):
+            if session not in self._served:
+                raise ValueError(f"sessions[{i}]: expected one made by this handle's session(), got {session!r}")
+            if session in sessions[:i]:
+                raise ValueError(f"sessions[{i}]: expected each session once in a step, got one of them again")
+            if session.over:
+                raise ValueError(f"sessions[{i}]: expected steps to do, got a run that has had its {session.num_steps}")
+        for session in sessions:
+            session.step += 1
+        self._open, self._calls = sessions, 0
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+        finally:
+            self._open = None
+
+    def observe(self, residuals: list[Tensor], stream: int) -> None:
+        """Measure the probe's residuals [G, T, S, C], one a session, against those kept, and keep them.
+
+        Motion is that of the first stream.
+        """
+        rows, measured = [], []
+        for session, residual in zip(self.part.sessions, residuals):
+            kept = session.branch.probes.get(stream)
+            session.branch.probes[stream] = residual
+            if kept is not None:
+                strides = self.frame_strides if stream == 0 else ()
+                rows.append(residual_stats(residual, kept, frame_strides=strides, metric=self.config.metric))
+                measured.append(session)
+        self._send(rows, measured, stream)
+
+    def observed(self, residual: Tensor, sums: Tensor | None) -> None:
+        """A probe's residual and its sums [G, columns] against the one kept before, None where there was none."""
+        (session,) = self.part.sessions
+        session.branch.probes[0] = residual
+        self._send([] if sums is None else [sums], [session], 0)
+
+    def _send(self, sums: list[Tensor], sessions: list[AdaCacheSession], stream: int) -> None:
+        """Right after the probe, so that the decision arrives while the later blocks still run."""
+        if sums:
+            readback = Readback(torch.stack([each.sum(0) for each in sums]), self.group)
+            for row, session in enumerate(sessions):
+                session.sent(stream, readback, row)
+
+    def keep(self, residuals: list[Mapping[Hashable, Any]], checks: list[Tensor], streams: int) -> None:
+        """Keep each session's residuals of a computed step. A check is finite if they are."""
+        for session, kept in zip(self.part.sessions, residuals):
+            session.keep(kept, streams)
+        self.kept_bytes = max(self.kept_bytes, sum(session.nbytes for session in (*self.sessions, *self._served)))
+        readback = Readback(torch.stack(checks).unsqueeze(1), self.group)
+        for row, session in enumerate(self.part.sessions):
+            session.checked(readback, row)
+
+    def settle(self) -> None:
+        for session in self.sessions:
+            session.settle()
+
+    def drop(self) -> None:
+        """What is kept is of other weights than the next step's."""
+        for session in (*self.sessions, *self._served):
+            session.drop()
+
+    def forget(self) -> None:
+        """What the forward in progress was about to keep, or what the run kept, is gone."""
+        for session in self.sessions if self._open is None else self._open:
+            session.forget()
