@@ -102,33 +102,41 @@ class AdaCacheHandle:
         Videos come and go between steps, each with its own number of steps: see `step`. Dropping the session frees
         what it keeps.
         """
-        return self._serving("session").admit(_number("num_steps", num_steps, 1, integer=True))
+        return self._serving("session").batch.admit(_number("num_steps", num_steps, 1, integer=True))
 
+    @contextmanager
     def step(self, sessions: Sequence[AdaCacheSession]):
         """A context for one denoising step of these videos: the transformer's calls inside are theirs.
 
         Sample b of a batch is of video b % V, V the number of sessions: guidance halves lie one after the other. A
         step may call the transformer more than once, for the guidance branches one by one, always in one order or
-        under diffusers' `cache_context`. Where it raises, what its sessions keep is dropped.
+        under diffusers' `cache_context`. Where it raises, what its sessions keep is dropped, and it may be tried again.
 
         Raises:
             ValueError: a session twice, of another handle, or one that has had all its steps.
             RuntimeError: another step is in progress.
         """
-        return self._serving("step").step(sessions)
+        cached = self._serving("step")
+        with cached.batch.step(sessions):
+            try:
+                yield
+            except BaseException:
+                cached.hook.leave()
+                raise
 
-    def _serving(self, name: str) -> Batch:
-        batch = self._cached[0].batch
-        if not isinstance(batch.clock, TimestepClock):
+    def _serving(self, name: str) -> _Cached:
+        cached = self._cached[0]
+        if not isinstance(cached.clock, TimestepClock):
             raise TypeError(f"{name}: expected a handle of a bare transformer; a pipeline tells its steps itself")
         if not self.config.per_video:
             raise ValueError(f"config.per_video: expected True for {name}(), got False")
-        return batch
+        return cached
 
     def reset(self) -> None:
-        """Drop what is kept: the next forward is computed, as the first of a new run."""
+        """Drop what is kept, by sessions too: the next forward is computed, as the first of a new run."""
         for each in self._cached:
             each.finish()
+            each.batch.drop()
 
     @contextmanager
     def run(self):
@@ -136,18 +144,19 @@ class AdaCacheHandle:
 
         Leaving the block, by an exception too, ends the run.
         """
-        clock = self._cached[0].clock
+        cached = self._cached[0]
+        clock = cached.clock
         if not isinstance(clock, TimestepClock):
             raise TypeError("run: expected a handle of a bare transformer; a pipeline tells its steps itself")
         if clock.counting:
             raise RuntimeError("run: expected no run in progress; leave its `with` block first")
-        self.reset()
+        cached.finish()
         clock.counting = True
         try:
             yield self
         finally:
             clock.counting = False
-            self.reset()
+            cached.finish()
 
     def remove(self) -> None:
         """Take every hook off: model and scheduler are as they were. A second call does nothing."""
@@ -161,7 +170,7 @@ class AdaCacheHandle:
                 if self._pipeline is not None and self._pipeline() is not None:
                     Watched.off(self._pipeline(), FREE, each.finish)
                 each.clock.stop()
-                each.batch.forget()
+                each.batch.drop()
 
 
 def _plain(transformer: nn.Module) -> nn.Module:

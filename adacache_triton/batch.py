@@ -5,14 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .config import AdaCacheConfig
+from .distributed import Shards, motion_sums
 from .kernels import residual_stats
 from .readback import Readback
 from .session import AdaCacheSession, Branch, Call, Mode
@@ -30,12 +31,14 @@ class Part:
         mode: what the forward does.
         sessions: the runs that take part, in the batch's order.
         rows: its samples in the batch.
+        videos: sessions in the whole batch.
         apart: whether sessions stand for single videos; else there is one, for the whole batch.
     """
 
     mode: Mode
     sessions: tuple[AdaCacheSession, ...]
     rows: Sequence[int]
+    videos: int
     apart: bool
 
     def split(self, tensor: Tensor) -> list[Tensor]:
@@ -64,9 +67,9 @@ class Batch:
         given: the ranks that decide together as the user says; `group` are those that do.
     """
 
-    def __init__(self, config: AdaCacheConfig, clock, branches: int | None, given: ProcessGroup | None):
+    def __init__(self, config: AdaCacheConfig, clock, branches: int | None, given: dist.ProcessGroup | None):
         self.config, self.clock, self.given = config, clock, given
-        self.group: ProcessGroup | None = None
+        self.group: dist.ProcessGroup | None = None
         self._branches = branches
         self.sessions: list[AdaCacheSession] = []
         self.part: Part | None = None
@@ -97,6 +100,7 @@ class Batch:
         if self._open is not None:
             self._calls += 1
             sessions, place, promised = self._open, self._calls, True
+            call = replace(call, conditions=())  # of other videos when the batch changes
             steps = [session.step for session in sessions]
         else:
             moment = self.clock.read(call.arguments)
@@ -118,8 +122,8 @@ class Batch:
             raise ValueError(
                 f"batch: expected the samples of {videos} videos, equally many of each, got a batch of {call.batch}"
             )
-        samples = call.batch // videos
-        modes = [session.begin(step, place, samples, call, promised) for session, step in zip(sessions, steps)]
+        samples, signature = call.batch // videos, call.signature(videos)
+        modes = [session.begin(step, place, signature, call, promised) for session, step in zip(sessions, steps)]
         groups = [[i] for i in range(videos)]
         if not single:
             groups = [[i for i in range(videos) if modes[i] is mode] for mode in (Mode.COMPUTE, Mode.REUSE)]
@@ -128,6 +132,7 @@ class Batch:
                 modes[group[0]],
                 tuple(sessions[i] for i in group),
                 [half * videos + i for half in range(samples) for i in group],
+                videos,
                 self.config.per_video,
             )
             for group in groups
@@ -172,24 +177,41 @@ class Batch:
             yield
         except BaseException:
             self.forget()
+            for session in sessions:
+                session.step -= 1  # it may be tried again
             raise
         finally:
             self._open = None
 
-    def observe(self, residuals: list[Tensor], stream: int) -> None:
+    def observe(
+        self, residuals: list[Tensor], stream: int, sharded: tuple[dist.ProcessGroup, int] | None = None
+    ) -> None:
         """Measure the probe's residuals [G, T, S, C], one a session, against those kept, and keep them.
 
-        Motion is that of the first stream.
+        Motion is that of the first stream. Where ranks hold runs of its tokens, `sharded` is their group and the
+        number of frames of all, and T is 1.
         """
         rows, measured = [], []
         for session, residual in zip(self.part.sessions, residuals):
-            kept = session.branch.probes.get(stream)
-            session.branch.probes[stream] = residual
+            branch = session.branch
+            kept, branch.probes[stream] = branch.probes.get(stream), residual
+            if sharded and branch.shards is None:
+                branch.shards = Shards(residual[0, 0].shape[0], sharded[0], residual.device)
             if kept is not None:
-                strides = self.frame_strides if stream == 0 else ()
-                rows.append(residual_stats(residual, kept, frame_strides=strides, metric=self.config.metric))
+                strides = self.frame_strides if stream == 0 and not sharded else ()
+                sums = residual_stats(residual, kept, frame_strides=strides, metric=self.config.metric)
+                if sharded:
+                    sums = torch.cat([sums, self._motion(session, residual.squeeze(1), sharded[1])], 1)
+                rows.append(sums)
                 measured.append(session)
         self._send(rows, measured, stream)
+
+    def _motion(self, session: AdaCacheSession, residual: Tensor, frames: int) -> Tensor:
+        """The motion sums of a run of tokens; nothing goes over the wire where they are not looked at."""
+        first, last = self.config.motion.window
+        if first <= session.step <= last:
+            return motion_sums(residual, session.branch.shards, frames, self.frame_strides)
+        return residual.new_zeros(len(residual), 2 * len(self.frame_strides), dtype=torch.float32)
 
     def observed(self, residual: Tensor, sums: Tensor | None) -> None:
         """A probe's residual and its sums [G, columns] against the one kept before, None where there was none."""

@@ -25,8 +25,8 @@ def group_of(
     """The ranks that decide together, because they must or because the user wants it; None: each decides alone.
 
     Ranks must where they run the blocks' collectives together, as one that leaves the blocks out lets the others wait:
-    those of the context or tensor parallelism that diffusers set up, and those among which FSDP2, or another tensor
-    parallelism, shards the parameters of a block. Replicas, with data of their own, need not.
+    those of the context parallelism that diffusers set up, and those among which FSDP2 or tensor parallelism shards
+    the parameters of a block. Replicas, with data of their own, need not.
 
     Args:
         model: the transformer.
@@ -44,7 +44,8 @@ def group_of(
         return None
     if group is not None and dist.get_rank(group) < 0:
         raise ValueError(f"group: expected a process group that holds this rank, {dist.get_rank()}, got one without it")
-    found = [*_parallel(model), *_sharding(blocks)]
+    context = _context(model)
+    found = _sharding(blocks) + ([context] if context is not None else [])
     needed = {rank for each in found for rank in dist.get_process_group_ranks(each)}
     for each in found if group is None else [group]:
         if needed <= set(dist.get_process_group_ranks(each)):
@@ -55,12 +56,10 @@ def group_of(
     raise ValueError(f"group: expected one that holds ranks {sorted(needed)}, which run the blocks together, got {got}")
 
 
-def _parallel(model: nn.Module) -> list[dist.ProcessGroup]:
-    """Of diffusers' `enable_parallelism`."""
-    config = getattr(model, "_parallel_config", None)
-    context, tensor = (getattr(config, f"{kind}_parallel_config", None) for kind in ("context", "tensor"))
-    meshes = [context._flattened_mesh] if context is not None else []
-    return [mesh.get_group() for mesh in meshes + ([tensor._mesh] if tensor is not None else [])]
+def _context(model: nn.Module) -> dist.ProcessGroup | None:
+    """Of the context parallelism that diffusers' `enable_parallelism` set up."""
+    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    return None if config is None else config._flattened_mesh.get_group()
 
 
 def _sharding(blocks: Iterable[nn.Module]) -> list[dist.ProcessGroup]:
@@ -68,28 +67,28 @@ def _sharding(blocks: Iterable[nn.Module]) -> list[dist.ProcessGroup]:
     groups = {}
     for parameter in (parameter for block in blocks for parameter in block.parameters()):
         for dim, placement in enumerate(getattr(parameter, "placements", ())):
-            if placement.is_shard():
+            if not placement.is_replicate():
                 group = parameter.device_mesh.get_group(dim)
                 groups[group.group_name] = group
     return list(groups.values())
 
 
 def sequence_group(
-    model: nn.Module, block: nn.Module, shards: str | None, group: dist.ProcessGroup | None
+    model: nn.Module, block: nn.Module, sharded: bool, group: dist.ProcessGroup | None
 ) -> dist.ProcessGroup | None:
     """The ranks that hold runs of a video's tokens, in rank order; None where each has all of them, or of every frame.
 
     Args:
         model: the transformer; the context parallelism that diffusers set up has its own group.
         block: any of its blocks. One that gathers the tokens itself, as Helios' do, hands on all of them.
-        shards: how ranks share a block's tokens otherwise (`BlockStack.shards`).
-        group: the user's, which holds them with "sequence".
+        sharded: whether ranks hold runs of tokens otherwise (`BlockStack.sequence_shards`).
+        group: the user's, whose ranks these are then.
     """
-    context = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
-    if shards == "space" or context is None:
-        return group if shards == "sequence" else None
+    context = _context(model)
+    if context is None:
+        return group if sharded else None
     gathered = any(_hooks(module, "ContextParallelGatherHook") for module in block.modules())
-    return None if gathered else context._flattened_mesh.get_group()
+    return None if gathered else context
 
 
 def splits(block: nn.Module) -> bool:

@@ -22,7 +22,7 @@ class Stack:
     @staticmethod
     def exchange(hook, path: str, blocks: nn.ModuleList) -> nn.ModuleList:
         if hook.mode is Mode.REUSE:
-            return Skipped(blocks)
+            return Skipped(blocks, hook, path)
         if path in hook.stack.aside:
             return blocks
         tapped = {0, hook.probe[1]} if path == hook.probe[0] else {0}

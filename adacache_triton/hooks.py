@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .batch import Batch, Part
-from .distributed import group_of
+from .distributed import group_of, sequence_group
 from .granularity import GRANULARITIES
 from .session import Branch, Call, Mode
 from .split import join, take
@@ -59,6 +60,7 @@ class StackHook:
         self._arguments, self._positions = located.arguments, located.positions
         self._granularity = GRANULARITIES[batch.config.granularity]
         self._frames, self._tokens = None, None
+        self._sequence: dist.ProcessGroup | None = None  # ranks that hold runs of the tokens, where motion is measured
         self._waiting: list[Part] = []  # of a batch that was split, until the first of its parts is through
         self._next: Part | None = None  # of them, about to run
         self._inner = False  # whether such a part runs
@@ -165,6 +167,11 @@ class StackHook:
         self.batch.forget()
         self.batch.clock.abort()
 
+    def leave(self) -> None:
+        """A step was left, maybe from inside a forward."""
+        if self._open is threading.current_thread():
+            self._abort()
+
     @property
     def branch(self) -> Branch:
         return self.batch.branch
@@ -215,7 +222,8 @@ class StackHook:
         return (), arguments
 
     def _rows_of(self, call: Call, part: Part) -> dict[str, Any]:
-        return take(call.arguments, part.rows, call.batch, self.stack.shared)
+        stack = self.stack
+        return take(call.arguments, part.rows, call.batch, stack.shared, (stack.input, *stack.listed), part.videos)
 
     def _one_by_one(self, root: nn.Module) -> bool:
         """Whether each video needs a part of its own: what modules keep is of one, and a graph of one batch size."""
@@ -236,6 +244,10 @@ class StackHook:
             # Once found it stays: blocks that FSDP2 has gathered do not tell any more.
             self.batch.group = self.batch.group or group_of(model, self._first_blocks(model), self.batch.given)
             self._frames = self._count_frames(model, arguments)
+            self._sequence = None
+            if self._frames is not None and self.batch.group is not None:
+                probed = model.get_submodule(self.probe[0])[self.probe[1]]
+                self._sequence = sequence_group(model, probed, stack.sequence_shards, self.batch.given)
             self._tokens = stack.tokens(model, arguments) if stack.tokens else None
         self.mode = mode
         if mode is Mode.COMPUTE and (self._watching or self.batch.config.granularity == "module"):
@@ -297,13 +309,18 @@ class StackHook:
             self._measured.append((stream, (after - before).to(before.dtype)))
             return
         after, before = (self.batch.part.split(self._view(stream, x)) for x in (after, before))
-        self.batch.observe([_unit((a - b).to(b.dtype)) for a, b in zip(after, before)], stream)
+        self._observe([_unit((a - b).to(b.dtype)) for a, b in zip(after, before)], stream)
+
+    def _observe(self, residuals: list[Tensor], stream: int) -> None:
+        sharded = (self._sequence, self._frames) if self._sequence and stream == 0 else None
+        self.batch.observe(residuals, stream, sharded)
 
     def _view(self, stream: int, x: Tensor) -> Tensor:
         """A stream in the probed block as [B, T, S, C]."""
         if stream:
             return x.flatten(1, -2).unsqueeze(1)
-        return self.stack.view(x, len(self.batch.part.rows), self._frames)
+        frames = None if self._sequence else self._frames
+        return self.stack.view(x, len(self.batch.part.rows), frames)
 
     def _see(self, path: str, module: nn.Module, args: tuple) -> None:
         """A block of a list that is not described runs. Until a step has been reused, that is noted."""
@@ -332,7 +349,7 @@ class StackHook:
         probed = key == (*self.probe, *attention, 0) and place == 0 and self.stack.attention_alone
         if dict(self.batch.config.modules or ()).get("attention") is not None:
             return None  # it is computed between the steps that are compared, too
-        if not probed or self._before[0] is None or self._tokens is not None:
+        if not probed or self._before[0] is None or self._tokens is not None or self._sequence is not None:
             return None
         return functools.partial(self._view, 0)
 
@@ -413,7 +430,7 @@ class StackHook:
         elif self.mode is Mode.COMPUTE:
             for stream, residual in self._measured:
                 view = _unit(self._view(stream, residual))
-                self.batch.observe([x.clone() for x in self.batch.part.split(view)], stream)
+                self._observe([x.clone() for x in self.batch.part.split(view)], stream)
             residuals, checks = self._granularity.residuals(self)
             sessions, streams = self.batch.part.sessions, sum(map(self._flows, self.stack.streams))
             self._clear()
@@ -445,7 +462,8 @@ class StackHook:
                 outputs.append(root(**self._rows_of(call, self._next)))
         finally:
             self._inner, self._next = False, None
-        return join(outputs, rows, call.batch)
+        listed = not isinstance(call.arguments[self.stack.input], Tensor)
+        return join(outputs, rows, call.batch, listed=listed)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

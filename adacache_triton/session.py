@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import AdaCacheConfig
+from .distributed import Shards
 from .readback import Readback
 from .report import Report
 from .schedule import Schedule, Step
@@ -39,6 +40,7 @@ class Branch:
         residuals: what the block stack added at step `computed`, a tensor for each of its streams; what each block
             or module added, where these are cached one by one.
         probes: the probe's attention residual of that step, [B, T, S, C], for each stream.
+        shards: how the tokens lie on several ranks, where frames lie across them and motion is measured.
         held: whether a later call found conditions alive: a pipeline that holds them does so until its run ends.
         computed: the step that both are of; 0 before the first.
         called: the step of the last call.
@@ -49,6 +51,7 @@ class Branch:
     conditions: tuple[weakref.ref, ...]
     residuals: dict[Hashable, Any] = field(default_factory=dict)
     probes: dict[int, Tensor] = field(default_factory=dict)
+    shards: Shards | None = None
     held: bool = False
     computed: int = 0
     called: int = 0
@@ -84,8 +87,8 @@ class Call:
         arguments: by name.
         batch: samples in it.
         dtype: of the latents.
-        facts: what identifies the video: plain values, and of each tensor its place, the part of its shape that is
-            not the batch, dtype and device.
+        values: the plain ones, by name, but for the timestep.
+        tensors: each with its place, and whether its first dimension may be the batch.
         conditions: the tensors besides the latents and the timesteps.
         name: of the guidance branch, where the pipeline gives one.
     """
@@ -93,9 +96,22 @@ class Call:
     arguments: Mapping[str, Any]
     batch: int
     dtype: torch.dtype
-    facts: tuple
+    values: tuple[tuple[str, Any], ...]
+    tensors: tuple[tuple[str, bool, Tensor], ...]
     conditions: tuple[Tensor, ...]
     name: str | None = None
+
+    def signature(self, videos: int) -> tuple:
+        """What identifies one of the batch's videos: values, shapes for that video alone, dtypes and devices."""
+        alone = {videos: 1, self.batch: self.batch // videos}
+        shapes = (
+            (alone.get(tensor.shape[0], tensor.shape[0]), *tensor.shape[1:])
+            if batched and tensor.dim()
+            else tensor.shape
+            for _, batched, tensor in self.tensors
+        )
+        facts = ((place, tensor.dtype, tensor.device) for place, _, tensor in self.tensors)
+        return (self.batch // videos, self.values, *zip(facts, shapes))
 
 
 class AdaCacheSession:
@@ -137,13 +153,13 @@ class AdaCacheSession:
         """What the run did so far. Reads measured values from the device."""
         return Report(self.num_steps, tuple(self.steps()), self.kept_bytes, self.config.granularity)
 
-    def begin(self, step: int, place: int, samples: int, call: Call, promised: bool) -> Mode:
+    def begin(self, step: int, place: int, signature: tuple, call: Call, promised: bool) -> Mode:
         """Start a forward: find its branch, and say what it does.
 
         Args:
             step: from 1.
             place: of the call in the step, from 1.
-            samples: of the call's batch that are of this run.
+            signature: of the call's arguments, for this run alone.
             call: its arguments.
             promised: whether every step makes the same calls in one order.
         """
@@ -159,7 +175,7 @@ class AdaCacheSession:
                 self._forget_measured()
                 # A branch that sat out the last computed step has nothing to compare with, or is gone for good.
                 self.branches = [b for b in self.branches if b.computed == before]
-        self.branch, certain = self._find((samples, *call.facts), place, call, promised)
+        self.branch, certain = self._find(signature, place, call, promised)
         self.branch.called = step
         if not schedule.steps[-1].computed:
             if certain and self.branch.residuals and self.branch.computed == schedule.computed:

@@ -17,53 +17,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stack import _tensors
-
 
 def take(
     arguments: Mapping[str, Any],
     rows: Sequence[int],
     batch: int,
     shared: Sequence[str] = (),
-    *,
+    listed: Sequence[str] = (),
     videos: int | None = None,
-    listed: bool = False,
 ) -> dict[str, Any]:
     """The arguments of a forward for some samples of its batch.
 
-    Of a tensor whose first dimension is the batch these rows, wherever it lies in lists, tuples and mappings, and of a
-    list of plain values, as long as the batch, these items. All else as it is; mappings are new, as forwards pop from
-    them.
+    These rows of every tensor whose first dimension is the batch, in lists, tuples and mappings as well. All else is
+    left as it is; mappings are new, as forwards pop from them.
 
     Args:
         arguments: by name.
         rows: of the samples, in the order wanted.
         batch: how many samples there are.
         shared: names of arguments without a batch, whose length may be the batch's by chance.
-        videos: where sample b is of video b % videos, and `rows` holds all samples of a video or none: tensors with a
-            row for each video are split as well.
-        listed: whether the latents are a list, a tensor a sample. Then every list as long as the batch is such a one.
+        listed: names of arguments that may be lists with an item a sample.
+        videos: where sample b is of video b % videos, and `rows` holds all samples of a video or none: what has a row,
+            or an item, for each video is split as well.
 
     Bytes moved: none where the rows are evenly spaced, as those of one video or of every second one are: a view.
         Otherwise the rows are read and written once.
     """
     wanted = {videos: [row for row in rows if row < videos]} if videos else {}
     wanted[batch] = rows
-    return {name: value if name in shared else _rows_of(value, wanted, listed) for name, value in arguments.items()}
+    return {
+        name: value if name in shared else _rows_of(value, wanted, name in listed) for name, value in arguments.items()
+    }
 
 
-def _rows_of(value, wanted: Mapping[int | None, Sequence[int]], listed: bool):
+def _rows_of(value, wanted: Mapping[int, Sequence[int]], listed: bool = False):
     if isinstance(value, Tensor):
         rows = wanted.get(value.shape[0]) if value.dim() else None
         return value if rows is None else _together([value[run] for run in _runs(rows)])
-    if isinstance(value, list) and len(value) in wanted and (listed or not any(True for _ in _tensors("", value))):
+    if listed and isinstance(value, list) and len(value) in wanted:
         return [value[row] for row in wanted[len(value)]]
     if isinstance(value, (list, tuple, Mapping)):
-        return _with(value, [_rows_of(item, wanted, listed) for item in _items(value)])
+        return _with(value, [_rows_of(item, wanted) for item in _items(value)])
     return value
 
 
-def join(outputs: Sequence, rows: Sequence[Sequence[int]], batch: int, *, listed: bool = False):
+def join(outputs: Sequence, rows: Sequence[Sequence[int]], batch: int, listed: bool = False):
     """The outputs of forwards for parts of a batch as that of one forward for all of it.
 
     Args:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .session import Call
 
 LAYOUTS = ("b (t s) c", "(b t) s c", "(b s) t c", "(t s) c")
-SHARDS = ("sequence", "space")
 Arguments = Mapping[str, Any]
 
 
@@ -67,8 +66,10 @@ class BlockStack:
         modules: for granularity `module`, paths inside a block of its attention, cross-attention and MLP modules.
         direct: the model's own code calls its `forward`, past PyTorch's hooks, as methods named `forward_with_cfg` do.
         shared: names of the forward's arguments that have no batch, such as rotary tables and indices of frames.
-        shards: how ranks under sequence parallelism share a block's tokens: `sequence`, each a run of them, or
-            `space`, each a part of every frame.
+        listed: names of those that may be lists with an item a sample.
+        sequence_shards: whether each rank of the group that decides together holds a run of a block's tokens, so that
+            frames lie across ranks. Known without it for the context parallelism of diffusers; ranks that hold a part
+            of every frame, as Open-Sora's, need nothing.
         refused: a reason why this model cannot be cached.
     """
 
@@ -92,7 +93,8 @@ class BlockStack:
     aside: tuple[str, ...] = ()
     direct: bool = False
     shared: tuple[str, ...] = ()
-    shards: str = "sequence"
+    listed: tuple[str, ...] = ()
+    sequence_shards: bool = False
     refused: str | None = None
 
     def __post_init__(self):
@@ -102,8 +104,8 @@ class BlockStack:
             raise ValueError(f"BlockStack.probe_list: expected one of {self.lists}, got {self.probe_list!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"BlockStack.layout: expected one of {LAYOUTS}, got {self.layout!r}")
-        if self.shards not in SHARDS:
-            raise ValueError(f"BlockStack.shards: expected one of {SHARDS}, got {self.shards!r}")
+        if self.sequence_shards and (self.layout != "b (t s) c" or self.tokens is not None):
+            raise ValueError("BlockStack.sequence_shards: expected layout 'b (t s) c' and no tokens with it")
         if self.tokens is not None and self.layout != "b (t s) c":
             raise ValueError(f"BlockStack.tokens: expected layout 'b (t s) c' with it, got {self.layout!r}")
         for name in self.modules:
@@ -122,23 +124,21 @@ class BlockStack:
     def call(self, arguments: Arguments, name: str | None) -> Call:
         """A forward's arguments, told apart: what identifies the video, what the guidance branch."""
         latents = arguments[self.input]
-        latents = latents[0] if isinstance(latents, (list, tuple)) else latents  # a list of videos
+        listed = isinstance(latents, (list, tuple))  # a tensor a sample
         batch = 1 if self.layout == "(t s) c" else len(latents)
-        facts, conditions = [], []
+        values, tensors, conditions = [], [], []
         for argument, value in arguments.items():
             if isinstance(value, (bool, int, float, str)):
                 if argument != self.timestep:
-                    facts.append((argument, value))
+                    values.append((argument, value))
                 continue
             for place, tensor in _tensors(argument, value):
-                shape = tuple(tensor.shape)
-                if shape[:1] == (batch,) and argument not in self.shared:
-                    shape = ("batch", *shape[1:])
-                facts.append((place, shape, tensor.dtype, tensor.device))
+                tensors.append((place, argument not in self.shared, tensor))
                 # Another timestep, or sigma, is of another step, not of another branch.
                 if argument not in (self.input, self.timestep) and "timestep" not in argument and tensor.dim() > 1:
                     conditions.append(tensor)
-        return Call(arguments, batch, latents.dtype, tuple(facts), tuple(conditions), name)
+        dtype = latents[0].dtype if listed else latents.dtype
+        return Call(arguments, batch, dtype, tuple(values), tuple(tensors), tuple(conditions), name)
 
     def view(self, residual: Tensor, batch: int, frames: int | None) -> Tensor:
         """A block's tensor as a [B, T, S, C] view, without a copy; T is 1 where frames are not known."""

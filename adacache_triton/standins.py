@@ -7,7 +7,9 @@ stand-in shows the parameters and attributes of the module it stands for, so nob
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from .distributed import entered, splits
 from .kernels import keep, reuse
 
 
@@ -32,7 +34,11 @@ class Tap(StandIn):
     """Shows the hook what goes into a block."""
 
     def forward(self, *args, **kwargs):
-        self.hook.enter(self.key, args, kwargs)
+        seen = args, kwargs
+        if self.key[1] == 0 and splits(self.module):
+            # Copied, as views would hold on to all ranks' tokens until the stack's end.
+            seen = tree_map_only(Tensor, Tensor.clone, entered(self.module, args, kwargs))
+        self.hook.enter(self.key, *seen)
         if self.module._compiled_call_impl is not None and self.key == self.hook.probe:
             # Blocks compiled one by one share a graph that sees no hooks, so the probed one runs as written.
             return self.module._call_impl(*args, **kwargs)
@@ -48,10 +54,11 @@ class BlockTap(Tap):
         if isinstance(result, Tensor) != (len(carried) == 1) or (len(carried) > 1 and len(result) != len(carried)):
             got = "a tensor" if isinstance(result, Tensor) else f"{len(result)} values"
             raise ValueError(f"BlockStack.returns: expected {carried} from {self.key[0]}.{self.key[1]}, got {got}")
+        args, kwargs = entered(self.module, args, kwargs)
         for name, output in zip(carried, (result,) if len(carried) == 1 else result):
             if isinstance(output, Tensor):
-                entered = self.hook.argument(self.key[0], name, args, kwargs)
-                (residual,), sums = keep(output, entered, dtype=output.dtype)
+                before = self.hook.argument(self.key[0], name, args, kwargs)
+                (residual,), sums = keep(output, before, dtype=output.dtype)
                 self.hook.kept[(*self.key, name)] = residual
                 self.hook.check = self.hook.check + sums[:, 4].sum()
         return result
@@ -62,26 +69,37 @@ class BlockReplay(StandIn):
 
     def forward(self, *args, **kwargs):
         kept, outputs = self.hook.branch.residuals, []
+        args, kwargs = entered(self.module, args, kwargs)
         for name in self.hook.stack.carried:
             residual = kept.get((*self.key, name))
             if residual is not None:
-                entered = self.hook.argument(self.key[0], name, args, kwargs)
-                residual = reuse(entered.to(residual.dtype), residual)
+                before = self.hook.argument(self.key[0], name, args, kwargs)
+                residual = reuse(before.to(residual.dtype), residual)
             outputs.append(residual)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+class Entrance(StandIn):
+    """In the place of a list's first block, at whose door a rank's tokens are taken out of all: only that is done."""
+
+    def forward(self, *args, **kwargs):
+        args, kwargs = entered(self.module, args, kwargs)
+        outputs = [self.hook.argument(self.key, name, args, kwargs) for name in self.hook.stack.carried]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 class Skipped(nn.ModuleList):
     """A block list of which a loop sees nothing, while parameters and state are there for everybody else."""
 
-    def __init__(self, blocks: nn.ModuleList):
+    def __init__(self, blocks: nn.ModuleList, hook, path: str):
         self.__dict__.update(vars(blocks))  # without nn.Module's registration, which takes longer than a reused step
+        self.__dict__["left"] = [Entrance(blocks[0], hook, path)] if splits(blocks[0]) else []
 
     def __iter__(self):
-        return iter(())
+        return iter(self.left)
 
     def __len__(self):
-        return 0
+        return len(self.left)
 
     def __getitem__(self, index):
         if isinstance(index, slice):

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from ranks import RankError, World
@@ -20,7 +20,10 @@ from torch import nn
 from adacache_triton.distributed import Shards, entered, group_of, motion_sums, sequence_group, splits
 from adacache_triton.kernels import as_frames, residual_stats
 
-repeatable = settings(max_examples=40, derandomize=True, deadline=None, database=None)
+# The first failure as it comes: shrinking it would wait for ranks again and again.
+repeatable = settings(
+    max_examples=40, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
+)
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
@@ -142,6 +145,7 @@ def test_context_parallel_ranks_decide_together(four):
 
 def found_with_sharded_parameters():
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     grid = mesh(2, 2, names=("replicas", "shards"))
     found = []
@@ -150,6 +154,11 @@ def found_with_sharded_parameters():
         for block in model.blocks:
             fully_shard(block, mesh=part)
         found.append(ranks(group_of(model, model.blocks[:1], None)))
+    model = MODELS["wan"].model().to(device())
+    parallelize_module(model.blocks[0], grid["shards"], {"ffn.net.2": RowwiseParallel()})
+    found.append(ranks(group_of(model, model.blocks[:1], None)))
+    fully_shard(model.blocks[0], mesh=grid["replicas"])
+    found.append(refusal(group_of, model, model.blocks[:1], None))
     # Nothing but the embedders, which run on every step.
     model = MODELS["wan"].model().to(device())
     fully_shard(model.condition_embedder, mesh=grid["shards"])
@@ -158,8 +167,11 @@ def found_with_sharded_parameters():
 
 def test_the_ranks_that_share_a_blocks_parameters_decide_together(four):
     for rank, found in enumerate(four.run(found_with_sharded_parameters)):
-        pair = [rank // 2 * 2, rank // 2 * 2 + 1]
-        assert found == (pair, pair, [0, 1, 2, 3], None)
+        pair, across = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
+        by_fsdp, replicated, by_all, by_tensor, by_two, by_none = found
+        assert (by_fsdp, replicated, by_all, by_tensor, by_none) == (pair, pair, [0, 1, 2, 3], pair, None)
+        needed = sorted({*pair, *across})
+        assert by_two == f"group: expected one that holds ranks {needed}, which run the blocks together, got None"
 
 
 def found_under_both():
@@ -219,7 +231,7 @@ def entrance(name):
     )
     changed = sum(a.shape != b.shape for a, b in zip(said, door))
     same = len(got) == len(said) and all(torch.equal(a, b) for a, b in zip(got, said))
-    group = sequence_group(model, blocks[1], None, None)
+    group = sequence_group(model, blocks[1], False, None)
     return before, splits(blocks[0]), splits(blocks[1]), changed, same, ranks(group)
 
 
@@ -252,14 +264,14 @@ def sequence_of_others():
     with torch.no_grad():
         model = parallel(getattr(diffusers, helios.kind)(**dict(helios.config) | dict(num_layers=40)), ring_degree=2)
     block, world = nn.Linear(2, 2), dist.group.WORLD
-    asked = [(None, None), (None, world), ("sequence", world), ("space", world)]
-    groups = [sequence_group(model, model.blocks[0], None, None), *(sequence_group(block, block, *a) for a in asked)]
+    asked = [(False, None), (False, world), (True, world)]
+    groups = [sequence_group(model, model.blocks[0], True, world), *(sequence_group(block, block, *a) for a in asked)]
     return [ranks(group) for group in groups]
 
 
 @newest
-def test_ranks_that_hold_whole_sequences_or_parts_of_every_frame(two):
-    assert two.run(sequence_of_others) == 2 * [[None, None, None, [0, 1], None]]
+def test_ranks_that_hold_whole_sequences(two):
+    assert two.run(sequence_of_others) == 2 * [[None, None, None, [0, 1]]]
 
 
 # Motion across borders
@@ -347,8 +359,6 @@ def test_ranks_do_not_wait_for_ever(what):
         began = time.monotonic()
         first, second = world.outcomes(reduce_unless, 1, what)
         assert time.monotonic() - began < 20
-        assert isinstance(first, RankError) and "Readback" not in str(second)
-        assert "died with exit code 3" in str(second) if what == "dies" else "no answer" in str(second)
-        # Not the wait of the test, but that of the group.
-        assert "no answer" not in str(first) and "readback.py" in str(first)
+        assert ("died with exit code 3" if what == "dies" else "no answer") in str(second)
+        assert isinstance(first, RankError) and "readback.py" in str(first)  # the group gave up, not the test
         assert world.run(reduce_unless, None, None) == [[4, 8], [4, 8]]

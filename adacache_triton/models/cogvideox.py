@@ -15,6 +15,7 @@ _COGVIDEOX = BlockStack(
     frames=axis(1, "patch_size_t"),
     returns=JOINT,
     modules={"attention": ("attn1",), "mlp": ("ff",)},
+    shared=("image_rotary_emb",),
 )
 register("CogVideoXTransformer3DModel", _COGVIDEOX)
 register(

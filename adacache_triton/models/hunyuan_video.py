@@ -23,8 +23,11 @@ register(
         _HUNYUAN,
         tokens=last_tokens("patch_size_t", "patch_size"),
         entry=lambda block, output: block["hidden_states"][:, -output.shape[1] :],
+        shared=(
+            "indices_latents", "indices_latents_clean", "indices_latents_history_2x", "indices_latents_history_4x",
+        ),
     ),
-)
+)  # fmt: skip
 _DUAL = {"attention": ("attn",), "mlp": ("ff", "ff_context")}
 register("HunyuanVideo15Transformer3DModel", replace(_HUNYUAN, lists=("transformer_blocks",), modules=_DUAL))
 # Text cross-attention, where its blocks have it, is measured with attention: no module gets the stream in between.

@@ -23,6 +23,7 @@ register(
         probe_after="norm2",
         returns=_JOINT.returns,
         modules={"attention": ("attn",), "mlp": ("ff", "ff_context", "proj_out")},
+        shared=("img_ids", "txt_ids"),
     ),
 )
 register(
@@ -32,5 +33,6 @@ register(
         probe_after="img_norm2",
         returns=_JOINT.returns,
         modules={"attention": ("attn",), "mlp": ("img_mlp", "txt_mlp")},
+        listed=("img_shapes",),
     ),
 )

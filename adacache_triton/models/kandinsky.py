@@ -22,6 +22,7 @@ register(
         hidden="visual_embed",
         entry=_entry,
         modules={"attention": ("self_attention",), "cross_attention": ("cross_attention",), "mlp": ("feed_forward",)},
+        shared=("visual_rope_pos", "text_rope_pos"),
     ),
 )
 _AUDIO = Stream("aud", "audio_out_layer", "audio_dec_block.cross_attention_norm")
@@ -43,6 +44,7 @@ register(
             ),
             "mlp": ("video_dec_block.feed_forward", "audio_dec_block.feed_forward"),
         },
+        shared=("visual_rope_pos",),
     ),
 )  # fmt: skip
 

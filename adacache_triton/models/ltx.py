@@ -16,7 +16,13 @@ def _tokens(model, arguments) -> slice:
 
 register(
     "LTXVideoTransformer3DModel",
-    BlockStack(lists=("transformer_blocks",), probe_after="attn2", frames=_frames, modules=ATTENTION),
+    BlockStack(
+        lists=("transformer_blocks",),
+        probe_after="attn2",
+        frames=_frames,
+        modules=ATTENTION,
+        shared=("rope_interpolation_scale",),
+    ),
 )
 register(
     "LTX2VideoTransformer3DModel",

@@ -15,10 +15,10 @@ _WAN = BlockStack(
 )
 register("WanTransformer3DModel", _WAN)
 # The control blocks run before the others, and what they hint at is added between those.
-register("WanVACETransformer3DModel", replace(_WAN, aside=("vace_blocks",)))
+register("WanVACETransformer3DModel", replace(_WAN, aside=("vace_blocks",), shared=("control_hidden_states_scale",)))
 register("WanAnimateTransformer3DModel", _WAN)  # face adapters between blocks
 register("ChronoEditTransformer3DModel", _WAN)
-register("SkyReelsV2Transformer3DModel", _WAN)
+register("SkyReelsV2Transformer3DModel", replace(_WAN, listed=("fps",)))
 register("AnyFlowTransformer3DModel", replace(_WAN, frames=axis(1)))
 register("HeliosTransformer3DModel", replace(_WAN, tokens=last_tokens("patch_size", "patch_size")))
 

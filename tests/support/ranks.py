@@ -52,7 +52,8 @@ class World:
         self.close()
 
     def _start(self) -> None:
-        store = tempfile.mktemp(prefix="ranks")  # made by the first rank, removed by the last
+        self._folder = tempfile.TemporaryDirectory()
+        store = os.path.join(self._folder.name, "store")  # where the ranks meet
         for rank in range(self.size):
             here, there = _CONTEXT.Pipe()
             arguments = (there, rank, self.size, self.backend, store, self.timeout)
@@ -66,6 +67,8 @@ class World:
             connection.close()
             process.kill()
             process.join()
+        if self._ranks:
+            self._folder.cleanup()
         self._ranks = []
 
     def outcomes(self, function: Callable, *args) -> list:
