@@ -114,7 +114,9 @@ class Batch:
                 return []
             videos = self._videos(call.batch)
             if len(self.sessions) != videos:  # at a run's beginning, or in its middle, which is a fresh start
-                self.sessions = [AdaCacheSession(self.config, moment.num_steps) for _ in range(videos)]
+                self._check(moment.total)
+                run = moment.num_steps, moment.earlier
+                self.sessions = [AdaCacheSession(self.config, *run) for _ in range(videos)]
             sessions, place, promised = self.sessions, moment.call, self.clock.promised
             steps = [moment.step] * videos
         videos = len(sessions)
@@ -149,8 +151,16 @@ class Batch:
             return batch // self._branches
         return self.clock.videos(batch)
 
+    def _check(self, num_steps: int) -> None:
+        fixed = self.config.schedule
+        if fixed is not None and fixed.num_steps != num_steps:
+            raise ValueError(
+                f"config.schedule.num_steps: expected {num_steps}, the steps of the run, got {fixed.num_steps}"
+            )
+
     def admit(self, num_steps: int) -> AdaCacheSession:
         """A new run of a serving loop."""
+        self._check(num_steps)
         session = AdaCacheSession(self.config, num_steps)
         self._served.add(session)
         return session

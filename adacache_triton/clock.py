@@ -25,13 +25,15 @@ PREPARE = "prepare_latents"  # a method of diffusers' pipelines, which returns t
 class Moment:
     """A forward's place: generation, step (from 1), steps of the generation, and call within the step.
 
-    Where two transformers share a generation, step and steps are those of this one, after `earlier` of the other.
+    Where two transformers share a generation, step and steps are those of this one, after `earlier` of the other, of
+    `total` for both.
     """
 
     generation: int
     step: int
     num_steps: int
     call: int
+    total: int
     earlier: int = 0
 
 
@@ -130,12 +132,12 @@ class PipelineClock:
             self._shown, self._moved = shown, False
         self._call += 1
         if self._mine is None:
-            return Moment(self._generation, self._step + 1, steps, self._call)
+            return Moment(self._generation, self._step + 1, steps, self._call, steps)
         mine = self._mine[-steps:] if steps else []
         earlier = mine.index(True) if True in mine else 0
         if not (self._step < len(mine) and mine[self._step]):
             return None  # called out of its share
-        return Moment(self._generation, sum(mine[: self._step + 1]), sum(mine), self._call, earlier)
+        return Moment(self._generation, sum(mine[: self._step + 1]), sum(mine), self._call, steps, earlier)
 
     def _steps(self, pipeline) -> int:
         # A pipeline that shortens the scheduler's list (image or video to video) notes what remains, or, run by
@@ -203,7 +205,7 @@ class TimestepClock:
         else:
             self._follow(_scalar(arguments[self._timestep]))
         self._call += 1
-        return Moment(self._generation, self._step, self._num_steps, self._call)
+        return Moment(self._generation, self._step, self._num_steps, self._call, self._num_steps)
 
     def _follow(self, value: float) -> None:
         if self._thread != get_ident():

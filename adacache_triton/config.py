@@ -1,6 +1,6 @@
-"""What a user sets: the codebook, motion regularisation and the configuration that holds both.
+"""What a user sets: codebook or fixed schedule, motion regularisation, and the configuration that holds them.
 
-All three are immutable, checked when they are made, and go to JSON and back.
+All are immutable, checked when they are made, and go to JSON and back.
 """
 
 from __future__ import annotations
@@ -133,6 +133,32 @@ class Codebook(_Json):
 
 
 @dataclass(frozen=True)
+class FixedSchedule(_Json):
+    """Which steps of a run are computed, as a list: nothing is measured, nothing decided.
+
+    Args:
+        steps: the computed ones, ascending, counted from 1, which is the first of them.
+        num_steps: of the run that the list is for, at least as many as its last step.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    steps: tuple[int, ...]
+    num_steps: int
+
+    def __post_init__(self):
+        steps = tuple(_number("steps", step, 1, integer=True) for step in _tuple("steps", self.steps))
+        if not steps or steps[0] != 1:
+            raise ValueError(f"steps: expected 1 as the first, got {self.steps!r}")
+        for before, after in zip(steps, steps[1:]):
+            if before >= after:
+                raise ValueError(f"steps: expected ascending values, got {after!r} after {before!r}")
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "num_steps", _number("num_steps", self.num_steps, steps[-1], integer=True))
+
+
+@dataclass(frozen=True)
 class MotionRegularization(_Json):
     """MoReg: a livelier video gets a larger distance and so more computed steps.
 
@@ -196,10 +222,10 @@ MODULES = ("attention", "cross_attention", "mlp")
 
 @dataclass(frozen=True)
 class AdaCacheConfig(_Json):
-    """How a transformer is cached.
+    """How a transformer is cached: by a codebook, or by a fixed schedule.
 
     Args:
-        codebook: from the residual's distance to the rate: the trade of speed against fidelity.
+        codebook: from the residual's distance to the rate: the trade of speed against fidelity. None with a schedule.
         motion: MoReg, or None. It spends more steps on lively videos and fewer on still ones.
         num_steps: denoising steps of a run, at least 3, where a bare transformer is cached. None for a pipeline,
             which says so itself.
@@ -214,9 +240,10 @@ class AdaCacheConfig(_Json):
             every step.
         per_video: whether each video of a batch follows a schedule of its own, the same as if it were alone. Else
             one decision is taken for all of them, as in the paper.
+        schedule: which steps are computed, instead of a codebook.
     """
 
-    codebook: Codebook
+    codebook: Codebook | None = None
     motion: MotionRegularization | None = None
     num_steps: int | None = None
     probe_block: int | None = None
@@ -224,10 +251,16 @@ class AdaCacheConfig(_Json):
     granularity: str = "stack"
     modules: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] | None = None
     per_video: bool = False
+    schedule: FixedSchedule | None = None
 
     def __post_init__(self):
-        if not isinstance(self.codebook, Codebook):
+        if self.schedule is not None and not isinstance(self.schedule, FixedSchedule):
+            raise TypeError(f"schedule: expected a FixedSchedule or None, got {self.schedule!r}")
+        if self.schedule is None and not isinstance(self.codebook, Codebook):
             raise TypeError(f"codebook: expected a Codebook, got {self.codebook!r}")
+        for name in ("codebook", "motion", "probe_block"):
+            if self.schedule is not None and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}: expected None with a schedule, which measures nothing, got {value!r}")
         if self.motion is not None and not isinstance(self.motion, MotionRegularization):
             raise TypeError(f"motion: expected a MotionRegularization or None, got {self.motion!r}")
         if self.num_steps is not None:
@@ -259,7 +292,8 @@ class AdaCacheConfig(_Json):
     def from_dict(cls, data: Mapping) -> AdaCacheConfig:
         if isinstance(data, Mapping):
             data = dict(data)
-            for name, kind in (("codebook", Codebook), ("motion", MotionRegularization)):
+            kinds = {"codebook": Codebook, "motion": MotionRegularization, "schedule": FixedSchedule}
+            for name, kind in kinds.items():
                 if data.get(name) is not None:
                     data[name] = kind.from_dict(data[name])
         return super().from_dict(data)

@@ -289,7 +289,7 @@ class StackHook:
         """A block at (list, index) is about to run on a computed step."""
         if self._entry is None:
             self._entry = (key[0], args, kwargs)
-        if key == self.probe:
+        if key == self.probe and self.batch.config.schedule is None:
             # In place: behind flex attention, a graph loses what is set on an object.
             self._before[:] = [self.argument(key[0], s.hidden, args, kwargs) for s in self.stack.streams]
 
@@ -435,7 +435,8 @@ class StackHook:
             sessions, streams = self.batch.part.sessions, sum(map(self._flows, self.stack.streams))
             self._clear()
             self.batch.keep(residuals, checks, streams)
-            if any(len(each.branch.probes) < streams and not each.over for each in sessions):
+            unseen = any(len(each.branch.probes) < streams and not each.over for each in sessions)
+            if unseen and self.batch.config.schedule is None:
                 self._warn(
                     f"BlockStack.probe_after: {self.stack.probe_after!r} did not run in the probed block, "
                     "so every step is computed"

@@ -20,6 +20,7 @@ class Step:
     Attributes:
         step: counted from 1.
         reason: why it was computed, or `reused`: `first` of the run, `rate` expired, one of the two at the `tail`,
+            `listed` in a fixed schedule,
             or `restart`: planned as reused, but what was kept did not fit, was not finite or not there.
         previous_rate: k of the computed step before, None where nothing was compared.
         distance: relative L1 change of the probed residual a step, before motion regularisation.
@@ -53,13 +54,14 @@ class Step:
 class Schedule:
     """The state of one run of `num_steps` denoising steps.
 
-    Call `begin(step)` for each step in order; after a computed step, `decide(sums)` before the next begins.
+    Call `begin(step)` for each step in order; after a computed step, `decide(sums)` before the next begins. Where
+    another transformer has done `earlier` steps of the run, a fixed schedule counts them.
     """
 
-    def __init__(self, config: AdaCacheConfig, num_steps: int):
+    def __init__(self, config: AdaCacheConfig, num_steps: int, earlier: int = 0):
         if num_steps < 1:
             raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-        self.config, self.num_steps = config, num_steps
+        self.config, self.num_steps, self._earlier = config, num_steps, earlier
         self.steps: list[Step] = []
         self.computed = 0  # the last computed step
         self._rate = 1  # k, chosen there
@@ -75,8 +77,11 @@ class Schedule:
             raise ValueError(f"step: expected one after {last.step}, got {step}")
         if last and last.computed and last.rate is None:
             self.decide(None)
+        fixed = self.config.schedule
         if not self.steps:
             reason = "first"
+        elif fixed is not None:
+            reason = "listed" if step + self._earlier in fixed.steps else "reused"
         elif step >= self.computed + self._rate:
             reason = "rate"
         elif step >= self.num_steps - 1:

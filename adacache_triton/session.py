@@ -125,9 +125,9 @@ class AdaCacheSession:
         kept_bytes: the most that this run kept at a time.
     """
 
-    def __init__(self, config: AdaCacheConfig, num_steps: int):
+    def __init__(self, config: AdaCacheConfig, num_steps: int, earlier: int = 0):
         self.config, self.num_steps = config, num_steps
-        self.schedule = Schedule(config, num_steps)
+        self.schedule = Schedule(config, num_steps, earlier)
         self.step = self.kept_bytes = 0
         self.branches: list[Branch] = []  # in the order of their calls
         self.branch: Branch | None = None

@@ -13,14 +13,13 @@ import csv
 import datetime
 import platform
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from adacache_triton import AdaCacheConfig, Codebook, Schedule, __version__, apply_adacache, session
+from adacache_triton import AdaCacheConfig, FixedSchedule, __version__, apply_adacache
 from adacache_triton.config import OFFICIAL, MotionRegularization
 from adacache_triton.testbed.pipeline import EmbeddedPipeline
 from adacache_triton.testbed.videos import CLASSES
@@ -28,18 +27,6 @@ from adacache_triton.testbed.videos import CLASSES
 STEPS = 50
 FIRST_SEED = 1000  # the demo starts at 0
 RESULTS = Path(__file__).parent / "results"
-
-
-class Listed(Schedule):
-    """Computes the steps of a list, whatever the distances say."""
-
-    listed: frozenset[int] = frozenset()
-
-    def begin(self, step):
-        record = super().begin(step)
-        record.reason = "rate" if step in self.listed else "reused"
-        self.computed = step if record.computed else max((s for s in self.listed if s < step), default=0)
-        return record
 
 
 def generate(pipe, label: str, seed: int, config: AdaCacheConfig | None = None):
@@ -53,8 +40,7 @@ def generate(pipe, label: str, seed: int, config: AdaCacheConfig | None = None):
 
 def replay(pipe, label: str, seed: int, steps) -> np.ndarray:
     """The video of a fixed list of computed steps."""
-    with mock.patch.object(session, "Schedule", type("Replay", (Listed,), {"listed": frozenset(steps)})):
-        frames, report = generate(pipe, label, seed, AdaCacheConfig(Codebook((), (1,))))
+    frames, report = generate(pipe, label, seed, AdaCacheConfig(schedule=FixedSchedule(tuple(steps), STEPS)))
     assert report.computed_steps == sorted(steps)
     return frames
 
