@@ -46,7 +46,7 @@ BOOK = Codebook((0.1, 0.2), (3, 2, 1))
         (lambda: AdaCacheConfig.from_json(None), "AdaCacheConfig: not valid JSON: "),
         (lambda: AdaCacheConfig.from_json("{"), "AdaCacheConfig: not valid JSON: "),
         (lambda: AdaCacheConfig.from_json("[]"), "AdaCacheConfig: expected an object with named fields, got []"),
-        (lambda: AdaCacheConfig.from_json("{}"), "AdaCacheConfig: field 'codebook' is missing"),
+        (lambda: AdaCacheConfig.from_json("{}"), "codebook: expected a Codebook, got None"),
         (lambda: Codebook.from_dict({"rate": 1}), "Codebook: unknown field 'rate'; expected some of thresholds, rates"),
     ],
 )
