@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU, most valuable first: GPU tests, kernel benchmarks, the README's table and picture,
-# the demo.
+# Everything that needs a CUDA GPU, most valuable first: GPU tests, kernel benchmarks, whether the GPU ever waits for the
+# host and what CUDA graphs take (`benchmarks/no_stall.py` says how it is measured), the README's table and picture, the
+# demo. All but the kernels needs diffusers.
 #
 #   bash benchmarks/gpu.sh [RESULTS]      default: benchmarks/results/gpu
 #
@@ -43,9 +44,19 @@ kernels() { # kernels NAME SECONDS RUNS: those that a pytest expression chooses
   part "kernels-$1" "$2" "$python" -m pytest benchmarks/test_kernels.py --benchmark-only -k "$3" --benchmark-json "$results/kernels-$1.json"
 }
 
+stall() { # stall WHAT SECONDS OPTIONS...: a measurement of benchmarks/no_stall.py; all rows go into one file
+  local what=$1 seconds=$2; shift 2
+  part "no-stall-$what" "$seconds" "$python" benchmarks/no_stall.py "$what" --out "$results/no_stall.csv" "$@"
+}
+
 compiled='(torch.compile or max-autotune)'
 part tests 150 "$python" -m pytest tests/test_gpu.py
+part step-tests 300 "$python" -m pytest tests/test_gpu_steps.py
 kernels plain 240 "not $compiled"
+stall trace 150 --traces "$results"
+stall busy 240
+part cuda-graphs 150 "$python" examples/cuda_graphs.py
+stall graphs 400
 for operation in residual_stats gated_residual reuse keep relative_distance; do
   kernels "$operation" 200 "$operation and $compiled"
 done
@@ -54,5 +65,6 @@ part kernel-tests 300 "$python" -m pytest tests/kernels \
 part demo 120 "$python" -c "import sys; from adacache_triton.cli import main; sys.exit(main())" generate --device cuda --out "$results/demo"
 
 if [ -s "$results/kernels-plain.json" ]; then "$python" benchmarks/update_readme.py "$results"/kernels-*.json || true; fi
+if [ -s "$results/no_stall.csv" ]; then cp "$results/no_stall.csv" benchmarks/results/; fi
 tar -czf "$results.tar.gz" -C "$results" .
 [ "$left" = 0 ] && echo "nothing is left" || echo "parts left: $left; call again"

@@ -11,18 +11,13 @@ rows and draws them.
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import math
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+import machine
 import numpy as np
 import pytest
 import torch
@@ -189,24 +184,7 @@ def launches(call: Callable) -> int:
 
 @pytest.fixture(scope="session")
 def where() -> dict:
-    """What a row says about the machine and the versions."""
-
-    def answer(*command):
-        try:
-            lines = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-        except OSError:
-            return None
-        return lines.split("\n")[0] or None
-
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if CUDA else f"cpu {platform.machine()}",
-        "driver": answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if CUDA else None,
-        "torch": torch.__version__,
-        "triton": getattr(sys.modules.get("triton"), "__version__", None),
-        # A copy without its history is told.
-        "revision": os.environ.get("REVISION") or answer("git", "describe", "--always", "--dirty", "--exclude=*"),
-    }
+    return machine.where()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The benchmarks run on a CPU, and what is made of their rows is right."""
 
+import csv
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import kernel_rows
+import no_stall
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,3 +70,55 @@ def test_of_a_run_made_twice_the_last_counts(measured, tmp_path):
 
 def test_without_rows_nothing_is_claimed():
     assert "Not measured on a GPU" in kernel_rows.table([])
+
+
+def traced(*operations, spans=()):
+    """Events of a trace: operations (launched, start, end) on the device, and (name, start, end) on the host."""
+    events = [{"ph": "M", "name": "process_name", "args": {"name": "python"}}]
+    events += [{"cat": "user_annotation", "name": name, "ts": start, "dur": end - start} for name, start, end in spans]
+    events += [{"cat": "gpu_user_annotation", "name": name, "ts": 0, "dur": 9999} for name, *_ in spans]
+    for i, (launched, start, end) in enumerate(operations):
+        api = "cuda_driver" if i % 2 else "cuda_runtime"  # Triton's launches, and PyTorch's
+        events.append({"cat": api, "ts": launched, "dur": 2, "args": {"correlation": i}})
+        kind = ("kernel", "gpu_memcpy", "gpu_memset")[i % 3]
+        events.append({"cat": kind, "ts": start, "dur": end - start, "args": {"correlation": i}})
+    return events[::-1]  # in no order
+
+
+def test_gaps_of_a_trace():
+    steps = ("step 1", 0, 100), ("step 2", 100, 300), ("probe", 20, 35)
+    # All is launched before the last has ended: what the device does between two kernels is its own affair.
+    full = (0, 10, 50), (20, 50, 60), (40, 63, 120), (110, 200, 250)
+    assert no_stall.gaps(traced(*full, spans=steps)) == {"behind the probe": [], "between steps": [], "elsewhere": []}
+    # The host reads what the probe sent, and is late with what comes next; then with the next step, and inside it.
+    dry = (0, 10, 50), (20, 50, 60), (75, 80, 90), (110, 117, 130), (190, 201, 210), (195, 212, 220)
+    assert no_stall.gaps(traced(*dry, spans=steps)) == {
+        "behind the probe": [20],
+        "between steps": [27],
+        "elsewhere": [71],
+    }
+    # A second stream is at work in between.
+    beside = *dry, (15, 55, 195)
+    assert no_stall.gaps(traced(*beside, spans=steps)) == {
+        "behind the probe": [],
+        "between steps": [],
+        "elsewhere": [],
+    }
+    assert no_stall.gaps([]) == no_stall.gaps(traced(*full, spans=steps))
+
+
+@pytest.mark.skipif(no_stall.CUDA, reason="takes the sizes of a GPU")
+def test_no_stall_runs(tmp_path, capsys):
+    for measured in (["busy"], ["trace", "busy", "graphs"]):  # what is measured again takes the old rows' place
+        no_stall.main([*measured, "--out", str(tmp_path / "rows.csv")])
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    counts = [len([row for row in rows if row["measured"] == measured]) for measured in ("trace", "busy", "graphs")]
+    assert counts == [8, 10, 14]
+    assert {row["variant"] for row in rows} == {*no_stall.VARIANTS, *no_stall.COMPILED}
+    for row in rows:
+        assert row["device"].startswith("cpu") and row["torch"] and row.keys() >= {"driver", "triton", "revision"}
+        assert row["measured"] == "trace" or row["what"] == "decision" or float(row["p20"]) > 0
+    with pytest.raises(SystemExit):
+        no_stall.main(["busy"])
+    assert "--out: expected with rows of a CPU" in capsys.readouterr().err
