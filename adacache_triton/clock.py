@@ -65,20 +65,21 @@ class PipelineClock:
         Watched.on(scheduler, "step", self._advance)
         self._begin()
 
-    def _prepared(self, latents, *_, **__) -> None:
+    def _prepared(self, latents, /, *_, **__) -> None:
         first = latents[0] if isinstance(latents, (list, tuple)) else latents
         self._latents = len(first) if isinstance(first, Tensor) and first.dim() else None
 
     def videos(self, batch: int) -> int:
         """How many videos a batch of the transformer holds."""
-        if batch > 1 and (self._latents is None or batch % self._latents):
+        if self._latents and batch % self._latents == 0:
+            return self._latents
+        if batch > 1:
             warnings.warn(
                 f"AdaCache: how many videos a batch of {batch} holds is not known, so they decide together; say so by "
                 "branches_in_batch",
                 stacklevel=5,
             )
-            return 1
-        return self._latents or 1
+        return 1
 
     def _start(self, *_, **__) -> None:
         # Written by a pipeline when its loop begins; what an older run wrote must not count.

@@ -28,6 +28,7 @@ from .granularity import GRANULARITIES
 from .session import Branch, Call, Mode
 from .split import join, take
 from .stack import Located, Stream
+from .standins import ended
 from .watched import Watched
 
 # Methods of diffusers' models after which what is kept is of other weights, or of a run that is over.
@@ -64,6 +65,7 @@ class StackHook:
         self._waiting: list[Part] = []  # of a batch that was split, until the first of its parts is through
         self._next: Part | None = None  # of them, about to run
         self._inner = False  # whether such a part runs
+        self._reused = False  # whether any part of any forward did
         self._call: Call | None = None  # that was split
         self._name: str | None = None  # of the guidance branch
         self._warned: set[str] = set()
@@ -104,7 +106,7 @@ class StackHook:
             Around.put(root, "forward", self)
             return
         self._root_handles = [
-            root.register_forward_pre_hook(self.begin, with_kwargs=True),
+            root.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             root.register_forward_hook(self.end, always_call=True),
         ]
 
@@ -216,6 +218,8 @@ class StackHook:
         if len(parts) == 1:
             self._exchange(root, parts[0], call.arguments)
             return None
+        if self._root_handles:  # others' hooks see each part once: begin comes before them, end after
+            root._forward_hooks.move_to_end(self._root_handles[1].id)
         self._call, (first, *self._waiting) = call, parts
         arguments = self._rows_of(call, first)
         self._exchange(root, first, arguments)
@@ -258,7 +262,8 @@ class StackHook:
         for path in (*stack.lists, *stack.aside):
             parent, _, name = path.rpartition(".")
             parent = model.get_submodule(parent)
-            self.exchange(parent, name, self._granularity.exchange(self, path, parent._modules[name]))
+            blocks = self._granularity.exchange(self, path, parent._modules[name])
+            self.exchange(parent, name, ended(blocks, self, path) if path == stack.exit else blocks)
 
     def _first_blocks(self, model: nn.Module) -> list[nn.Module]:
         """One of each list; blocks of a list are of a kind."""
@@ -309,11 +314,23 @@ class StackHook:
             self._measured.append((stream, (after - before).to(before.dtype)))
             return
         after, before = (self.batch.part.split(self._view(stream, x)) for x in (after, before))
-        self._observe([_unit((a - b).to(b.dtype)) for a, b in zip(after, before)], stream)
+        self._observe([self._unit((a - b).to(b.dtype), stream) for a, b in zip(after, before)], stream)
 
     def _observe(self, residuals: list[Tensor], stream: int) -> None:
         sharded = (self._sequence, self._frames) if self._sequence and stream == 0 else None
         self.batch.observe(residuals, stream, sharded)
+
+    def _unit(self, residual: Tensor, stream: int) -> Tensor:
+        """The residual with unit stride in its last dimension.
+
+        A stream that began as a convolution's output keeps its layout, channel by channel. Sums over a frame do not
+        care which of its two axes is called channels; over a run of tokens they do.
+        """
+        if residual.stride(-1) == 1:
+            return residual
+        if residual.stride(-2) == 1 and (self._sequence is None or stream):
+            return residual.transpose(-1, -2)
+        return residual.contiguous()
 
     def _view(self, stream: int, x: Tensor) -> Tensor:
         """A stream in the probed block as [B, T, S, C]."""
@@ -358,7 +375,7 @@ class StackHook:
         self._before[0] = None
         self.batch.observed(residual, sums)
 
-    def _leave(self, stream: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    def _leave(self, stream: int, module: nn.Module | None, args: tuple, kwargs: dict) -> tuple | None:
         if self.mode is not Mode.PLAIN and not args:
             exit = self.stack.streams[stream].exit
             raise ValueError(f"BlockStack.exit: expected {exit!r} to get the stream by position, got {list(kwargs)}")
@@ -373,6 +390,11 @@ class StackHook:
         if self.mode is Mode.COMPUTE and self._entry is not None and self._exits[stream] is None:
             self._exits[stream] = args[0]
         return None
+
+    def left(self, output: Tensor) -> Tensor:
+        """The stream behind the last block, where no module gets it."""
+        changed = self._leave(0, None, (output,), {})
+        return output if changed is None else changed[0][0]
 
     def _first(self, stream: int, args: tuple, kwargs: dict) -> Tensor:
         return args[0] if args else kwargs[self.stack.streams[stream].hidden]
@@ -424,12 +446,14 @@ class StackHook:
             message, reused = f"BlockStack.exit: {missing[0]!r} did not run after the blocks", self.mode is Mode.REUSE
             several = bool(self._waiting) or self._inner
             self._abort()
-            if reused or several:
+            if reused:
                 raise RuntimeError(f"AdaCache: {message} of a reused step, as it did of a computed one")
+            if several:
+                raise RuntimeError(f"AdaCache: {message} of a part of the batch")
             self._warn(f"{message}, nothing is cached")
         elif self.mode is Mode.COMPUTE:
             for stream, residual in self._measured:
-                view = _unit(self._view(stream, residual))
+                view = self._unit(self._view(stream, residual), stream)
                 self._observe([x.clone() for x in self.batch.part.split(view)], stream)
             residuals, checks = self._granularity.residuals(self)
             sessions, streams = self.batch.part.sessions, sum(map(self._flows, self.stack.streams))
@@ -441,13 +465,13 @@ class StackHook:
                     f"BlockStack.probe_after: {self.stack.probe_after!r} did not run in the probed block, "
                     "so every step is computed"
                 )
-        reused = self.mode is Mode.REUSE
+        self._reused = self._reused or self.mode is Mode.REUSE
         self._clear()
         if self._inner:
             return None  # the other parts are still to come
         joined = self._run_waiting(root, output) if self._waiting else None
         self._open = self.batch.part = None
-        if reused and self._watching:
+        if self._reused and self._watching:
             self._check_lists()
         return joined
 
@@ -470,17 +494,6 @@ class StackHook:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"AdaCache: {message}", stacklevel=4)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """A residual with unit stride in its last dimension.
-
-    A stream that began as a convolution's output keeps its layout, channel by channel. Sums over a frame do not care
-    which of its two axes is called channels.
-    """
-    if x.stride(-1) == 1:
-        return x
-    return x.transpose(-1, -2) if x.stride(-2) == 1 else x.contiguous()
 
 
 @torch.compiler.assume_constant_result  # it runs while a graph is made: what a graph raises only breaks it

@@ -22,7 +22,8 @@ class Stream:
 
     Args:
         hidden: name of the blocks' argument that holds it (and of `probe_after`'s, where passed by keyword).
-        exit: path of the module whose first argument is the stream after the last block.
+        exit: path of the module whose first argument is the stream after the last block. Or that of a list in `lists`:
+            the stream as its last block returns it, before something else is done with it.
         probe_after: path, inside a block, of the module whose first argument is the stream right after attention.
         probe_before: the same right before attention. None: that is the block's input.
         entry: the stream before the first block in the form in which `exit` gets it, from the first block's
@@ -102,6 +103,8 @@ class BlockStack:
             raise TypeError(f"BlockStack.lists: expected a tuple of attribute paths, got {self.lists!r}")
         if self.probe_list is not None and self.probe_list not in self.lists:
             raise ValueError(f"BlockStack.probe_list: expected one of {self.lists}, got {self.probe_list!r}")
+        if self.exit in self.lists and len(self.carried) > 1:
+            raise ValueError(f"BlockStack.exit: expected a module, as blocks return {self.carried}, got {self.exit!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"BlockStack.layout: expected one of {LAYOUTS}, got {self.layout!r}")
         if self.sequence_shards and (self.layout != "b (t s) c" or self.tokens is not None):
@@ -203,7 +206,7 @@ class Located:
             raise ValueError(f"probe_block: expected an index into {len(probes)} blocks, got {index}")
         self.probe_index = index % len(probes)
         probe = probes[self.probe_index]
-        self.exits = [self._module(model, "exit", stream.exit) for stream in stack.streams]
+        self.exits = [self._exit(model, stream.exit) for stream in stack.streams]
         self.probe_after = [self._module(probe, "probe_after", stream.probe_after) for stream in stack.streams]
         self.probe_before = [
             stream.probe_before and self._module(probe, "probe_before", stream.probe_before) for stream in stack.streams
@@ -222,6 +225,15 @@ class Located:
                 if not any(_has(block, path) for block in blocks):
                     raise ValueError(f"BlockStack.modules: no block has the {name} module {path!r}")
         self.positions = {path: self._positions(path, blocks[0]) for path, blocks in self.lists.items()}
+
+    def _exit(self, model: nn.Module, path: str) -> nn.Module | None:
+        """The module that gets a stream; None where its last block returns it."""
+        if path in self.lists:
+            return None
+        module = self._module(model, "exit", path)
+        if isinstance(module, nn.ModuleList):
+            raise ValueError(f"BlockStack.exit: expected a module that is called, or one of lists, got {path!r}")
+        return module
 
     def _positions(self, path: str, block: nn.Module) -> dict[str, int]:
         """Places of the arguments of a list's blocks, by name."""

@@ -80,7 +80,7 @@ class BlockReplay(StandIn):
 
 
 class Entrance(StandIn):
-    """In the place of a list's first block, at whose door a rank's tokens are taken out of all: only that is done."""
+    """In the place of a list's first block, hands its arguments on: this rank's tokens, where it takes them out."""
 
     def forward(self, *args, **kwargs):
         args, kwargs = entered(self.module, args, kwargs)
@@ -88,12 +88,24 @@ class Entrance(StandIn):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
+class Last(StandIn):
+    """Around the last block of the list from which the stream leaves the stack, or around what stands in for it."""
+
+    def forward(self, *args, **kwargs):
+        return self.hook.left(self.module(*args, **kwargs))
+
+
 class Skipped(nn.ModuleList):
-    """A block list of which a loop sees nothing, while parameters and state are there for everybody else."""
+    """A block list of which a loop sees nothing, while parameters and state are there for everybody else.
+
+    But for one block, where its arguments are split, or where the stream is taken from a list: a loop over several
+    lists then runs once.
+    """
 
     def __init__(self, blocks: nn.ModuleList, hook, path: str):
         self.__dict__.update(vars(blocks))  # without nn.Module's registration, which takes longer than a reused step
-        self.__dict__["left"] = [Entrance(blocks[0], hook, path)] if splits(blocks[0]) else []
+        entered = splits(blocks[0]) or hook.stack.exit in hook.stack.lists
+        self.__dict__["left"] = [Entrance(blocks[0], hook, path)] if entered else []
 
     def __iter__(self):
         return iter(self.left)
@@ -112,3 +124,11 @@ def replaced(blocks: nn.ModuleList, stand_ins: dict[int, nn.Module]) -> nn.Modul
     changed = nn.ModuleList()
     changed._modules = {name: stand_ins.get(i, block) for i, (name, block) in enumerate(blocks._modules.items())}
     return changed
+
+
+def ended(blocks: nn.ModuleList, hook, path: str) -> nn.ModuleList:
+    """The list, where the stream leaves the stack behind its last block."""
+    if isinstance(blocks, Skipped):
+        blocks.__dict__["left"] = [Last(block, hook, path) for block in blocks.left]
+        return blocks
+    return replaced(blocks, {len(blocks) - 1: Last(blocks[-1], hook, path)})

@@ -19,6 +19,7 @@ STACK = stack_of(STDiT3())
         ({"lists": ("spatial", "temporal_blocks")}, "BlockStack.lists: STDiT3 has no module 'spatial'"),
         ({"lists": ("x_embedder", "temporal_blocks")}, "BlockStack.lists: expected 'x_embedder' to be a filled"),
         ({"exit": "norm_out"}, "BlockStack.exit: STDiT3 has no module 'norm_out'"),
+        ({"lists": ("spatial_blocks",), "probe_list": None}, "BlockStack.exit: expected a module that is called, or"),
         ({"probe_after": "norm9"}, "BlockStack.probe_after: STDiT3Block has no module 'norm9'"),
         ({"input": "hidden_states"}, "BlockStack.input: STDiT3.forward has no argument 'hidden_states'; it has x, "),
         ({"timestep": "t"}, "BlockStack.timestep: STDiT3.forward has no argument 't'; it has x, timestep"),
@@ -36,6 +37,7 @@ def test_a_wrong_field_is_named_and_nothing_is_applied(change, message):
     ("change", "message"),
     [
         ({"lists": ["spatial_blocks"]}, "BlockStack.lists: expected a tuple of attribute paths, got ['spati"),
+        ({"returns": ("x", "y")}, "BlockStack.exit: expected a module, as blocks return ('x', 'y'), got 'temporal_bl"),
         ({"probe_list": "blocks"}, "BlockStack.probe_list: expected one of ('spatial_blocks', 'temporal_blocks'), got"),
         (
             {"layout": "b t s c"},
@@ -60,9 +62,9 @@ def run(stack) -> tuple[list, torch.Tensor, torch.Tensor]:
     return [s.reason for s in handle.report().steps], outputs[1], outputs[3]
 
 
-def test_the_order_of_the_lists_does_not_matter():
-    for lists in (STACK.lists, STACK.lists[::-1]):
-        reasons, computed, reused = run(dataclasses.replace(STACK, lists=lists))
+def test_neither_the_order_of_the_lists_matters_nor_where_the_stream_is_taken():
+    for change in ({}, {"lists": STACK.lists[::-1]}, {"exit": "final_layer"}):
+        reasons, computed, reused = run(dataclasses.replace(STACK, **change))
         assert reasons == ["first", "rate", "reused", "reused"]
         torch.testing.assert_close(reused, computed, rtol=0, atol=1e-5)
 
@@ -134,7 +136,7 @@ def test_a_list_left_out_is_found_on_the_first_reused_step(granularity):
     """With the whole stack skipped it would be an error; where blocks are cached one by one it is a choice."""
     torch.manual_seed(0)
     model, x, y = TwoLoops(), torch.randn(1, 4, 2, 4, 4), torch.randn(1, 3, 32)
-    stack = dataclasses.replace(STACK, lists=("spatial_blocks",), probe_list=None)
+    stack = dataclasses.replace(STACK, lists=("spatial_blocks",), probe_list=None, exit="final_layer")
     handle = apply_adacache(model, dataclasses.replace(CONFIG, granularity=granularity), stack=stack)
     with torch.no_grad(), handle.run():
         outputs = [model(x, torch.tensor([500]), y) for _ in range(2)]

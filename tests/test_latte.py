@@ -133,6 +133,7 @@ def test_a_reused_step_runs_no_block_and_adds_one_tensor(model, cached, monkeypa
     assert counts == [(0, 1) if step in REUSED else (6, 0) for step in range(1, STEPS + 1)]
 
 
+@pytest.mark.usefixtures("_new_objects_only")
 def test_kept_memory_is_one_stack_and_one_probe_residual_a_branch(model, cached):
     one = 2 * 4 * 16 * 24 * 4  # B x T x S x C float32
     handle = cached()
@@ -152,6 +153,15 @@ def test_kept_memory_is_one_stack_and_one_probe_residual_a_branch(model, cached)
                 model(timestep=torch.tensor([1000 - step] * 2), **inputs(seed))
     assert len(handle._cached[0].batch.sessions[0].branches) == 2
     assert handle.report().kept_bytes == 4 * one and live(one // 4) == 4
+
+
+@pytest.fixture
+def _new_objects_only():
+    """What was there before does not count, nor is it searched."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def live(numel: int) -> int:

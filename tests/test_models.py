@@ -165,7 +165,7 @@ def test_frames_are_frames(models, name):
             model(**call)
         layout = "(b t) s c" if stack.layout == "(b s) t c" else stack.layout
         tokens = entries[0] if hook._tokens is None else entries[0][:, hook._tokens]
-        batch, frames = hook._batch, hook._frames
+        batch, frames = len(latents), hook._frames
         if layout == "(b t) s c":
             found.append(tokens.unflatten(0, (batch, frames)))
         elif layout == "(t s) c":

@@ -7,7 +7,7 @@ register(
     "STDiT3",
     BlockStack(
         lists=("spatial_blocks", "temporal_blocks"),
-        exit="final_layer",
+        exit="temporal_blocks",  # in between, sequence parallelism gathers the tokens
         probe_list="temporal_blocks",
         probe_after="cross_attn",
         # Frames are padded up to the patch before they are embedded.

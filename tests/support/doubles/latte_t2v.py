@@ -126,7 +126,7 @@ class LatteT2V(nn.Module):
         batch, _, frames, height, width = hidden_states.shape
         h, w = height // self.patch_size, width // self.patch_size
         x = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)  # [B * F, S, D]
-        frequencies = 2 ** torch.arange(8) * (timestep[:, None] / 1000)
+        frequencies = 2 ** torch.arange(8, device=timestep.device) * (timestep[:, None] / 1000)
         embedded = self.adaln_single(torch.cat([frequencies.sin(), frequencies.cos()], dim=1).to(x.dtype))
         modulation = self.adaln_linear(nn.functional.silu(embedded))
         of_frames, of_tokens = (modulation.repeat_interleave(n, dim=0) for n in (frames, h * w))

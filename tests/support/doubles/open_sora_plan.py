@@ -18,8 +18,9 @@ class Attention(latte_t2v.Attention):
         turned = []
         for part, place in zip(x.chunk(position.shape[-1], dim=-1), position.unbind(-1)):
             a, b = part.chunk(2, dim=-1)
-            angle = place[:, None, :, None] * 0.1 ** torch.arange(a.shape[-1])
-            turned += [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()]
+            angle = place[:, None, :, None] * 0.1 ** torch.arange(a.shape[-1], device=x.device)
+            cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            turned += [a * cos - b * sin, b * cos + a * sin]
         return torch.cat(turned, dim=-1)
 
 
@@ -77,13 +78,14 @@ class LatteT2V(latte_t2v.LatteT2V):
     spatial, temporal = BasicTransformerBlock, BasicTransformerBlock_
 
     def arguments(self, batch: int, frames: int, height: int, width: int, attention_mask: Tensor | None):
+        device = self.pos_embed.weight.device
         if attention_mask is None:
-            attention_mask = torch.ones(batch, frames, height, width)
+            attention_mask = torch.ones(batch, frames, height, width, device=device)
         mask = (1 - attention_mask.flatten(2).flatten(0, 1).unsqueeze(1)) * -10000  # [B * F, 1, S]
         half = len(self.transformer_blocks) // 2
         compressed = mask.clone()  # as large where keys are not compressed
         masks = [compressed if i >= half else mask for i in range(len(self.transformer_blocks))]
-        grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        grid = torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
         in_space = grid.expand(batch * frames, -1, -1)
-        in_time = torch.arange(frames)[:, None].expand(batch * height * width, -1, -1)
+        in_time = torch.arange(frames, device=device)[:, None].expand(batch * height * width, -1, -1)
         return masks, (in_space, in_space, (height, width)), (in_time, in_time, (frames,))

@@ -39,22 +39,19 @@ class STDiT3Block(nn.Module):
         return (self.scale_shift_table + t.unflatten(1, (6, -1))).split(1, dim=1)
 
     def attention_residual(self, x: Tensor, t: Tensor, T: int, S: int, x_mask=None, t0=None) -> Tensor:
-        shift, scale, gate, *_ = self.modulation(t)
-        shift0, scale0, gate0, *_ = self.modulation(t if t0 is None else t0)
-        h = select(x_mask, self.norm1(x) * (1 + scale) + shift, self.norm1(x) * (1 + scale0) + shift0, T)
-        h = h.unflatten(1, (T, S))
+        now, given = self.modulation(t), None if x_mask is None else self.modulation(t0)
+        h = select(x_mask, T, lambda m: self.norm1(x) * (1 + m[1]) + m[0], now, given).unflatten(1, (T, S))
         if self.temporal:
             h = self.attn(h.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, S)).transpose(1, 2)
         else:
             h = self.attn(h.flatten(0, 1)).unflatten(0, (-1, T))
         h = h.flatten(1, 2)
-        return select(x_mask, gate * h, gate0 * h, T)
+        return select(x_mask, T, lambda m: m[2] * h, now, given)
 
     def mlp_residual(self, x: Tensor, t: Tensor, T: int | None = None, x_mask=None, t0=None) -> Tensor:
-        *_, shift, scale, gate = self.modulation(t)
-        *_, shift0, scale0, gate0 = self.modulation(t if t0 is None else t0)
-        h = self.mlp(select(x_mask, self.norm2(x) * (1 + scale) + shift, self.norm2(x) * (1 + scale0) + shift0, T))
-        return select(x_mask, gate * h, gate0 * h, T)
+        now, given = self.modulation(t), None if x_mask is None else self.modulation(t0)
+        h = self.mlp(select(x_mask, T, lambda m: self.norm2(x) * (1 + m[4]) + m[3], now, given))
+        return select(x_mask, T, lambda m: m[5] * h, now, given)
 
     def rest_residual(self, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
         cross = self.cross_attn(x, y, None)
@@ -66,12 +63,12 @@ class STDiT3Block(nn.Module):
         return x + self.mlp_residual(x, t, T, x_mask, t0)
 
 
-def select(x_mask: Tensor | None, x: Tensor, given: Tensor, T: int | None) -> Tensor:
-    """[B, T*S, C] of the frames in `x_mask` [B, T], and of those given."""
+def select(x_mask: Tensor | None, T: int | None, modulate, now, given) -> Tensor:
+    """[B, T*S, C] modulated as now, but those frames that are not in `x_mask` [B, T] as given ones."""
     if x_mask is None:
-        return x
-    chosen = torch.where(x_mask[:, :, None, None], x.unflatten(1, (T, -1)), given.unflatten(1, (T, -1)))
-    return chosen.flatten(1, 2)
+        return modulate(now)
+    noisy, clean = (modulate(m).unflatten(1, (T, -1)) for m in (now, given))
+    return torch.where(x_mask[:, :, None, None], noisy, clean).flatten(1, 2)
 
 
 class FinalLayer(nn.Module):
@@ -82,9 +79,10 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
 
     def forward(self, x, t, x_mask=None, t0=None, T=None, S=None):
-        shift, scale = (self.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
-        shift0, scale0 = (self.scale_shift_table[None] + (t if t0 is None else t0)[:, None]).chunk(2, dim=1)
-        return self.linear(select(x_mask, self.norm(x) * (1 + scale) + shift, self.norm(x) * (1 + scale0) + shift0, T))
+        now, given = (
+            None if s is None else (self.scale_shift_table[None] + s[:, None]).chunk(2, dim=1) for s in (t, t0)
+        )
+        return self.linear(select(x_mask, T, lambda m: self.norm(x) * (1 + m[1]) + m[0], now, given))
 
 
 class STDiT3(nn.Module):
