@@ -3,6 +3,7 @@
 #   PYTHON=python3.12          another interpreter (3.10 or newer)
 #   TORCH='torch==2.13.0 ...'  how pip is asked for torch, options included. Where pip's index offers CUDA wheels,
 #                              name one with CPU wheels here to save gigabytes on a machine without a GPU.
+#   WORKERS=0                  tests in one process. Otherwise there is one a core, 8 at most, or with a GPU just one.
 #   VENV_FLAGS=--system-site-packages TORCH= CONSTRAINTS=
 #                              use the torch and the packages that the machine already has
 
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV_FLAGS ?=
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
+WORKERS ?= logical
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,6 +22,10 @@ CONSTRAIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= passive
 export OMP_NUM_THREADS OMP_WAIT_POLICY
+
+# Each worker runs its share in order, as the tests of a module have fixtures in common; one that is done takes half of
+# what another has left.
+TEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: help install demo test compat bench lint clean
 .NOTPARALLEL:
@@ -37,7 +43,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/adacache-triton generate --out demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(TEST)
 
 # Older releases of diffusers lie in front of the environment's own, with what they need older than it has.
 HTTPX := httpx httpcore h11 anyio sniffio idna certifi
@@ -46,7 +52,7 @@ WITH_0.40.0 := huggingface-hub==1.33.0
 OLDER := 0.36.0 0.40.0
 
 compat: $(OLDER:%=$(VENV)/diffusers-%/stamp)
-	$(foreach v,$(OLDER),PYTHONPATH=$(VENV)/diffusers-$(v) $(BIN)/python -m pytest tests/test_models.py tests/test_pipelines.py &&) true
+	$(foreach v,$(OLDER),PYTHONPATH=$(VENV)/diffusers-$(v) $(TEST) tests/test_models.py tests/test_pipelines.py &&) true
 
 $(VENV)/diffusers-%/stamp: $(VENV)/dev.stamp
 	$(PIP) install -q --no-deps --target $(@D) diffusers==$* $(WITH_$*) $(HTTPX)

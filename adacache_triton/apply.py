@@ -126,6 +126,8 @@ class AdaCacheHandle:
 
     def _serving(self, name: str) -> _Cached:
         cached = self._cached[0]
+        if self._removed is not None:
+            raise RuntimeError(f"{name}: expected a handle in use, got one that was removed")
         if not isinstance(cached.clock, TimestepClock):
             raise TypeError(f"{name}: expected a handle of a bare transformer; a pipeline tells its steps itself")
         if not self.config.per_video:

@@ -135,9 +135,9 @@ def resources(chip: str, kernel: JITFunction, parameters: dict, options: dict) -
     return _compiled(chip, kernel, *items)
 
 
-def compile_ahead(cases: Iterable[Case]) -> None:
-    """Compile every case for every chip: whoever asks for the resources then waits for little."""
-    for chip in CHIPS:
+def compile_ahead(cases: Iterable[Case], chips: Iterable[str] = CHIPS) -> None:
+    """Compile every case for the chips: whoever asks for the resources then waits for little."""
+    for chip in chips:
         for case in cases:
             for launch in launched(case.bind(absent), chip).kernels:
                 resources(chip, *launch)
@@ -154,7 +154,7 @@ def _compiled(chip, kernel, signature, constants, attributes, options) -> Resour
         return Resources(registers, spilled, BESIDE.submit(str, text), text)
     usage = _tool(assembled["cubin"], "cuobjdump", "-res-usage")
     registers, spilled = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    return Resources(registers, spilled, BESIDE.submit(_tool, assembled["cubin"], "nvdisasm"), assembled["ptx"])
+    return Resources(registers, spilled, BESIDE.submit(_tool, assembled["cubin"], "nvdisasm", "-ndf"), assembled["ptx"])
 
 
 def _tool(cubin: bytes, name: str, *options: str) -> str:

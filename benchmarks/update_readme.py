@@ -1,8 +1,9 @@
 """Put measured numbers and pictures into the README.
 
-    python benchmarks/update_readme.py                    the tables, from the rows that are there
+    python benchmarks/update_readme.py                    the tables, from the rows that are there, and the prediction
     python benchmarks/update_readme.py demo               and a folder that `make demo` wrote
     python benchmarks/update_readme.py GPU/kernels*.json  and rows that the benchmarks wrote on a GPU
+    python benchmarks/update_readme.py GPU/*.jsonl        likewise, of denoising loops
 
 Its tables are written from the demo's `report.json` and from the rows in `benchmarks/results/`; nothing in them is
 typed by hand.
@@ -16,6 +17,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import end_to_end_rows
 import kernel_rows
 import numpy as np
 
@@ -30,11 +32,14 @@ def main(paths: list[Path]) -> None:
             shutil.copy(paths[0] / name, ROOT / "docs" / name)
         shutil.copy(paths[0] / "report.json", RESULTS / "demo.json")
     elif paths:
-        rows = kernel_rows.rows_of(paths)
+        of = end_to_end_rows if paths[0].suffix == ".jsonl" else kernel_rows
+        rows = of.rows_of(paths)
         if any(row["device"].startswith("cpu") for row in rows):
-            raise SystemExit("rows of a CPU show that the benchmarks run, not how fast the kernels are")
-        kernel_rows.save(rows)
-        kernel_rows.picture(rows)
+            raise SystemExit("rows of a CPU show that the benchmarks run, not how fast anything is")
+        of.save(rows)
+        of.picture(of.load())
+    else:
+        end_to_end_rows.picture(end_to_end_rows.load())
     readme = (ROOT / "README.md").read_text()
     for name, text in tables().items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
@@ -48,6 +53,7 @@ def tables() -> dict[str, str]:
     return {
         "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
         "classes": class_table(),
+        "end-to-end": end_to_end_rows.table(end_to_end_rows.load()),
         "kernels": kernel_rows.table(kernel_rows.load()),
         "models": "\n" + (ROOT / "docs" / "models.md").read_text().rpartition("\n\n")[2],
     }

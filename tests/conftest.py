@@ -10,6 +10,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """With a GPU no worker beside this process: its memory and its time are not to be shared."""
+    return 0 if torch.cuda.is_available() else None
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
+from parallel import device, gaps_filled, parallel
 from ranks import RankError, World
 from tiny_models import MODELS
 from torch import nn
@@ -65,17 +66,6 @@ def four(request, worlds):
 
 
 # What follows runs on the ranks.
-
-
-def device() -> torch.device:
-    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def parallel(model, **degrees):
-    """The model under diffusers' context parallelism, which counts a CPU as no device at all."""
-    with mock.patch("torch.accelerator.device_count", lambda: max(1, torch.cuda.device_count())):
-        model.enable_parallelism(config=diffusers.ContextParallelConfig(**degrees))
-    return model
 
 
 def mesh(*shape, names):
@@ -222,7 +212,7 @@ def entrance(name):
         inputs = tiny.inputs()
         if name == "ltx":
             inputs["encoder_attention_mask"] = None  # diffusers keeps all heads of a mask under Ulysses
-        with mock.patch.object(dist, "all_gather", all_gather):
+        with gaps_filled():
             model(**inputs, return_dict=False)  # which a root with a split hook must return
     args, kwargs = entered(blocks[0], *came[0])
     got, said, door = (
@@ -233,13 +223,6 @@ def entrance(name):
     same = len(got) == len(said) and all(torch.equal(a, b) for a, b in zip(got, said))
     group = sequence_group(model, blocks[1], False, None)
     return before, splits(blocks[0]), splits(blocks[1]), changed, same, ranks(group)
-
-
-def all_gather(tensors, tensor, group=None):
-    """Of shapes that differ, which gloo does not gather."""
-    tensors[dist.get_rank(group)].copy_(tensor)
-    for source, each in enumerate(tensors):
-        dist.broadcast(each, group_src=source, group=group)
 
 
 @newest

@@ -460,6 +460,8 @@ def test_mistakes_are_named(toy):
         with says(ValueError, r"^sessions\[0\]: expected one made by this handle's session\(\), got <"):
             with handle.step([a]):
                 pass
+    with says(RuntimeError, "^step: expected a handle in use, got one that was removed$"), handle.step([a]):
+        pass
     with cached(toy, num_steps=9) as handle, says(ValueError, "^branches_in_batch: expected how many guidance branch"):
         advance(toy, [first])
     with cached(toy, num_steps=9, branches_in_batch=2) as handle:

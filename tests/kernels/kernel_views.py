@@ -22,6 +22,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("frame_major", "spatial_major", "frame_range", "token_range", "channel_range")
 GUARD = 11  # odd, so that views are not aligned either
 
+
+if INTERPRETED:
+    # Triton patches its language anew at each call of a device function, which takes longer than the function.
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @cache
+    def languages(function):
+        return [module for module in (tl, tl.core) if any(value is module for value in function.__globals__.values())]
+
+    def patch_once(function, patch=interpreter._patch_lang):
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch(function)
+
+    interpreter._patch_lang = patch_once
+
 # The first failure as it comes: shrinking it takes minutes in the interpreter.
 repeatable = settings(
     max_examples=30, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]

@@ -49,13 +49,13 @@ NARROW = {"LDG.E", "STG.E", "global_load_dword", "global_store_dword"}
 WIDE = {"LDG.E.128", "STG.E.128", "global_load_dwordx4", "global_store_dwordx4", "buffer_load_dwordx4"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ahead():
-    offline.compile_ahead(CASES)
+@pytest.fixture(scope="module", params=offline.CHIPS)
+def chip(request):
+    offline.compile_ahead(CASES, [request.param])
+    return request.param
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("chip", offline.CHIPS)
 def test_kernel_for(chip, case):
     (launch,) = offline.launched(case.bind(offline.absent), chip).kernels
     resources = offline.resources(chip, *launch)

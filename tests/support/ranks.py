@@ -10,6 +10,7 @@ for ever: the group has a timeout, and so has the wait for its ranks.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -25,7 +26,10 @@ import torch.distributed as dist
 
 # A server that has imported them forks the ranks, so that they start at once.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "diffusers.models.transformers.transformer_wan"])
+_CONTEXT.set_forkserver_preload(["adacache_triton", "diffusers.models.transformers.transformer_wan", "pytest"])
+
+
+START = 120  # seconds; beside other work, processes start slowly
 
 
 class RankError(Exception):
@@ -61,6 +65,9 @@ class World:
             process.start()
             there.close()
             self._ranks.append((process, here))
+        for _, connection in self._ranks:
+            if connection.poll(START):  # else whoever is missing does not answer later, either
+                connection.recv_bytes()
 
     def close(self) -> None:
         for process, connection in self._ranks:
@@ -75,7 +82,7 @@ class World:
         """What function(*args) returns on each rank, a `RankError` for a rank where it does not return."""
         if not self._ranks:
             self._start()
-        task = pickle.dumps((function.__code__.co_filename, function.__name__, args))
+        task = pickle.dumps((inspect.unwrap(function).__code__.co_filename, function.__name__, args))
         deadline, outcomes = time.monotonic() + 2 * self.timeout, []
         for _, connection in self._ranks:
             connection.send_bytes(task)
@@ -102,13 +109,16 @@ class World:
         return outcomes
 
 
-def _serve(connection, rank: int, size: int, backend: str, store: str, timeout: float) -> None:
+def _serve(connection, rank: int, size: int, backend: str, path: str, timeout: float) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-    )
+    store = dist.FileStore(path, size)
+    store.set_timeout(timedelta(seconds=START))
+    store.set(f"rank {rank}", "is here")
+    store.wait([f"rank {other}" for other in range(size)])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    connection.send_bytes(b"ready")
     while True:
         try:
             path, name, args = pickle.loads(connection.recv_bytes())
