@@ -148,6 +148,8 @@ class AdaCacheHandle:
         """
         cached = self._cached[0]
         clock = cached.clock
+        if self._removed is not None:
+            raise RuntimeError("run: expected a handle in use, got one that was removed")
         if not isinstance(clock, TimestepClock):
             raise TypeError("run: expected a handle of a bare transformer; a pipeline tells its steps itself")
         if clock.counting:
@@ -238,14 +240,15 @@ def apply_adacache(
     if pipeline is not None and config.num_steps is not None:
         expected = "expected None for a pipeline, which says how many steps a run has"
         raise ValueError(f"config.num_steps: {expected}, got {config.num_steps}")
-    if pipeline is None and config.num_steps is None and not config.per_video:
+    num_steps = config.num_steps or (config.schedule and config.schedule.num_steps)
+    if pipeline is None and num_steps is None and not config.per_video:
         raise ValueError("config.num_steps: expected the number of steps for a bare transformer, got None")
     cached = []
     for name, transformer in transformers.items():
         if pipeline is not None:
             clock = PipelineClock(pipeline, _share(pipeline, name), calls_per_step is not None)
         else:
-            clock = TimestepClock(config.num_steps, calls_per_step or 1, located[name].stack.timestep)
+            clock = TimestepClock(num_steps, calls_per_step or 1, located[name].stack.timestep)
         batch = Batch(config, clock, branches_in_batch, group)
         cached.append(_Cached(transformer, located[name], batch))
     return AdaCacheHandle(config, cached, pipeline)

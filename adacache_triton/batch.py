@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class Batch:
         self.generation = self.num_steps = self.earlier = self.kept_bytes = 0  # as the clock counts them
         self._served: weakref.WeakSet[AdaCacheSession] = weakref.WeakSet()  # runs of a serving loop
         self._open: list[AdaCacheSession] | None = None  # those of its step
-        self._calls = 0  # in it
+        self._calls = self._unnamed = self._thread = 0  # in it
+        self._lock = Lock()  # other threads may bring new ones
 
     @property
     def doubted(self) -> bool:
@@ -98,7 +100,12 @@ class Batch:
         `single`: every video has a part of its own.
         """
         if self._open is not None:
+            if get_ident() != self._thread:
+                return []  # somebody else's call, of other videos
             self._calls += 1
+            self._unnamed += call.name is None
+            if self._calls > MAX_BRANCHES:
+                raise RuntimeError(f"step: expected at most {MAX_BRANCHES} calls of the transformer, got another one")
             sessions, place, promised = self._open, self._calls, True
             call = replace(call, conditions=())  # of other videos when the batch changes
             steps = [session.step for session in sessions]
@@ -118,6 +125,8 @@ class Batch:
                 run = moment.num_steps, moment.earlier
                 self.sessions = [AdaCacheSession(self.config, *run) for _ in range(videos)]
             sessions, place, promised = self.sessions, moment.call, self.clock.promised
+            if self.group is not None:
+                call = replace(call, conditions=())  # which tensors are alive, ranks may differ in
             steps = [moment.step] * videos
         videos = len(sessions)
         if call.batch % videos:
@@ -162,7 +171,8 @@ class Batch:
         """A new run of a serving loop."""
         self._check(num_steps)
         session = AdaCacheSession(self.config, num_steps)
-        self._served.add(session)
+        with self._lock:
+            self._served.add(session)
         return session
 
     @contextmanager
@@ -170,7 +180,8 @@ class Batch:
         """One denoising step of a serving loop, whose calls hold these videos in this order."""
         if self._open is not None:
             raise RuntimeError("step: expected no step in progress; leave its `with` block first")
-        sessions = list(sessions)
+        if not isinstance(sessions, (list, tuple)):
+            raise TypeError(f"sessions: expected a list, got {sessions!r}")
         if not sessions:
             raise ValueError("sessions: expected at least one, got none")
         for i, session in enumerate(sessions):
@@ -182,9 +193,10 @@ class Batch:
                 raise ValueError(f"sessions[{i}]: expected steps to do, got a run that has had its {session.num_steps}")
         for session in sessions:
             session.step += 1
-        self._open, self._calls = sessions, 0
+        self._open, self._calls, self._unnamed, self._thread = list(sessions), 0, 0, get_ident()
         try:
             yield
+            self._check_calls()
         except BaseException:
             self.forget()
             for session in sessions:
@@ -192,6 +204,21 @@ class Batch:
             raise
         finally:
             self._open = None
+        for session in sessions:
+            if session.over:
+                session.drop()
+
+    def _check_calls(self) -> None:
+        """Calls without a name are told apart by their order: a step must make as many as the one before."""
+        for i, session in enumerate(self._open):
+            if session.unnamed not in (None, self._unnamed):
+                if session.schedule.steps and not session.schedule.steps[-1].computed:
+                    raise RuntimeError(
+                        f"step: expected {session.unnamed} calls for sessions[{i}], as in its step before, got "
+                        f"{self._unnamed}; name them by cache_context, as what they reuse may be another's"
+                    )
+                session.forget()
+            session.unnamed = self._unnamed
 
     def observe(
         self, residuals: list[Tensor], stream: int, sharded: tuple[dist.ProcessGroup, int] | None = None
@@ -240,7 +267,7 @@ class Batch:
         """Keep each session's residuals of a computed step. A check is finite if they are."""
         for session, kept in zip(self.part.sessions, residuals):
             session.keep(kept, streams)
-        self.kept_bytes = max(self.kept_bytes, sum(session.nbytes for session in (*self.sessions, *self._served)))
+        self.kept_bytes = max(self.kept_bytes, sum(session.nbytes for session in self.sessions))
         readback = Readback(torch.stack(checks).unsqueeze(1), self.group)
         for row, session in enumerate(self.part.sessions):
             session.checked(readback, row)
@@ -251,7 +278,9 @@ class Batch:
 
     def drop(self) -> None:
         """What is kept is of other weights than the next step's."""
-        for session in (*self.sessions, *self._served):
+        with self._lock:
+            served = tuple(self._served)
+        for session in (*self.sessions, *served):
             session.drop()
 
     def forget(self) -> None:

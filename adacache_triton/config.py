@@ -228,7 +228,7 @@ class AdaCacheConfig(_Json):
         codebook: from the residual's distance to the rate: the trade of speed against fidelity. None with a schedule.
         motion: MoReg, or None. It spends more steps on lively videos and fewer on still ones.
         num_steps: denoising steps of a run, at least 3, where a bare transformer is cached. None for a pipeline,
-            which says so itself.
+            which says so itself, and with a schedule, which does.
         probe_block: index of the block whose attention residual is measured, from 0 (negative: from the end).
             None is the middle one, as in the paper.
         metric: of the distance: `l1` as in the released code, `l2` or `cosine` as in the paper's ablation.
@@ -240,7 +240,7 @@ class AdaCacheConfig(_Json):
             every step.
         per_video: whether each video of a batch follows a schedule of its own, the same as if it were alone. Else
             one decision is taken for all of them, as in the paper.
-        schedule: which steps are computed, instead of a codebook.
+        schedule: which steps are computed, instead of a codebook. A second transformer's first one is in any case.
     """
 
     codebook: Codebook | None = None
@@ -273,6 +273,11 @@ class AdaCacheConfig(_Json):
             raise TypeError(f"per_video: expected True or False, got {self.per_video!r}")
         _known("metric", self.metric, METRICS)
         _known("granularity", self.granularity, GRANULARITIES)
+        fixed = self.schedule
+        if fixed is not None and self.num_steps not in (None, fixed.num_steps):
+            raise ValueError(f"num_steps: expected {fixed.num_steps} or None with that schedule, got {self.num_steps}")
+        if fixed is not None and self.metric != "l1":
+            raise ValueError(f"metric: expected none with a schedule, which measures nothing, got {self.metric!r}")
         if self.modules is not None:
             if self.granularity != "module":
                 raise ValueError(f"modules: expected None with granularity {self.granularity!r}, got {self.modules!r}")

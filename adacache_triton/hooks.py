@@ -187,7 +187,7 @@ class StackHook:
             _refuse_to_be_traced()
         if self.batch is None:
             return None
-        if self._next is not None:
+        if self._next is not None and self._open is threading.current_thread():
             part, self._next, self._begun = self._next, None, True
             self._exchange(root, part, kwargs)
             return None
@@ -466,6 +466,10 @@ class StackHook:
                     "so every step is computed"
                 )
         self._reused = self._reused or self.mode is Mode.REUSE
+        if self.mode is Mode.REUSE:
+            for session in self.batch.part.sessions:
+                if session.over:
+                    session.branch.clear()
         self._clear()
         if self._inner:
             return None  # the other parts are still to come

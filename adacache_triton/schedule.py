@@ -75,7 +75,7 @@ class Schedule:
         last = self.steps[-1] if self.steps else None
         if last and step <= last.step:
             raise ValueError(f"step: expected one after {last.step}, got {step}")
-        if last and last.computed and last.rate is None:
+        if last and last.computed and last.rate is None and self.config.schedule is None:
             self.decide(None)
         fixed = self.config.schedule
         if not self.steps:

@@ -36,6 +36,7 @@ class Branch:
         signature: shapes, dtypes, devices and plain values of the call's arguments; another signature is another
             video.
         name: what the pipeline calls it (diffusers' `cache_context`), or None.
+        place: of its call in a step, from 1.
         conditions: the tensors besides the latents, as long as the pipeline keeps them: they tell branches apart.
         residuals: what the block stack added at step `computed`, a tensor for each of its streams; what each block
             or module added, where these are cached one by one.
@@ -48,6 +49,7 @@ class Branch:
 
     signature: tuple
     name: str | None
+    place: int
     conditions: tuple[weakref.ref, ...]
     residuals: dict[Hashable, Any] = field(default_factory=dict)
     probes: dict[int, Tensor] = field(default_factory=dict)
@@ -129,7 +131,8 @@ class AdaCacheSession:
         self.config, self.num_steps = config, num_steps
         self.schedule = Schedule(config, num_steps, earlier)
         self.step = self.kept_bytes = 0
-        self.branches: list[Branch] = []  # in the order of their calls
+        self.branches: list[Branch] = []
+        self.unnamed: int | None = None  # calls of the last step of a serving loop that had no name
         self.branch: Branch | None = None
         self.doubted = False  # whether a call was computed because nothing told whose it was
         self._forget_measured()
@@ -201,13 +204,13 @@ class AdaCacheSession:
             known = [b for b in self.branches if b.condition(call.conditions)]
         by_place = not known and call.name is None
         if by_place:
-            known = [b for b in self.branches[place - 1 :][:1] if b.condition(call.conditions) is None]
+            known = [b for b in self.branches if b.place == place and b.condition(call.conditions) is None]
         certain = promised or call.name is not None or len(self.branches if by_place else known) <= 1
         found = next((b for b in known if b.called != self.step), None)
         if found is not None and found.signature == signature:
             found.held = found.held or bool(found.condition(call.conditions))
             return found, certain
-        branch = Branch(signature, call.name, tuple(map(weakref.ref, call.conditions)))
+        branch = Branch(signature, call.name, place, tuple(map(weakref.ref, call.conditions)))
         if found is None:
             self.branches.append(branch)
         else:
@@ -269,8 +272,10 @@ class AdaCacheSession:
         return not all(math.isfinite(number) for readback, i in self._checks for number in readback.row(i))
 
     def drop(self) -> None:
-        """What is kept is of other weights than the next step's, or the run was left; that step is computed."""
-        if not self.over:
+        """What is kept is of other weights than the next step's, which is computed."""
+        if self.over:
+            self.branches = []  # what was measured last is still for the records
+        else:
             self.forget()
 
     def forget(self) -> None:

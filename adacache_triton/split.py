@@ -9,8 +9,9 @@ Rows and sizes are plain numbers: nothing is read from the device, and nothing b
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from itertools import chain, groupby
 from typing import Any
 
@@ -153,6 +154,10 @@ def _with(value, items: list):
     """The same kind of list, tuple, mapping or dataclass with other items."""
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **dict(zip(_keys(value), items)))
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)
+        changed.update(zip(value.keys(), items))
+        return changed
     if isinstance(value, Mapping):
         return type(value)(zip(value.keys(), items))
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
