@@ -84,7 +84,7 @@ class AdaCacheHandle:
             steps = tuple(replace(s, step=s.step + earlier) for earlier, run in runs for s in run.steps())
             videos.append(Report(num_steps, steps, max(run.kept_bytes for _, run in runs), self.config.granularity))
         if count == 1:
-            return videos[0]
+            return replace(videos[0], videos=tuple(videos)) if self.config.per_video else videos[0]
         return Report(num_steps, (), kept, self.config.granularity, tuple(videos))
 
     @property

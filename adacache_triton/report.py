@@ -17,7 +17,7 @@ class Report:
         steps: a record of each step begun.
         kept_bytes: the most that was kept at a time, over all guidance branches.
         granularity: what kept a residual.
-        videos: where each of several videos followed its own schedule, a report of each; `steps` is empty then.
+        videos: where each video followed its own schedule, a report of each; of several, `steps` is empty.
     """
 
     num_steps: int

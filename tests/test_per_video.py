@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import threading
 import weakref
 
 import pytest
@@ -15,7 +16,7 @@ from tiny_models import MODELS, build, sample
 from tiny_pipelines import PIPELINES
 from torch import nn
 
-from adacache_triton import AdaCacheConfig, BlockStack, Codebook, MotionRegularization, apply_adacache
+from adacache_triton import AdaCacheConfig, BlockStack, Codebook, FixedSchedule, MotionRegularization, apply_adacache
 from adacache_triton.models import described
 from adacache_triton.split import join
 from adacache_triton.testbed.pipeline import EmbeddedPipeline
@@ -426,6 +427,62 @@ def test_a_video_whose_size_changes_is_computed(toy):
         with handle.step([b]):
             advance(toy, [second])
         assert [session.report().steps[-1].reason for session in (a, b)] == ["restart", "reused"]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_guidance_calls_never_take_each_others_residual(toy, again):
+    """The second call of a computed step is repeated, or left out from a later step on."""
+    video, plain = Video(0, [0.05] * 9), Video(0, [0.05] * 9)
+    with cached(toy, codebook=ALWAYS) as handle, torch.no_grad():
+        session = handle.session(9)
+        for _ in range(2):
+            with handle.step([session]):
+                if again and len(video.outputs) == 1:
+                    broken = toy.blocks[0].register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
+                    with pytest.raises(ZeroDivisionError):
+                        toy(video.latents[None], torch.tensor([0.0]), video.texts[1][None])
+                    broken.remove()
+                advance(toy, [video], CALLS)
+        if not again:
+            with says(RuntimeError, r"^step: expected 2 calls for sessions\[0\], as in its step before, got 1; name"):
+                with handle.step([session]):
+                    advance(toy, [video.again()], ((1,),))
+            return
+        with handle.step([session]):
+            advance(toy, [video], CALLS)
+    for _ in range(3):
+        advance(toy, [plain], CALLS)
+    assert same(video, plain), "all of it was computed"
+
+
+def test_a_call_of_another_thread_is_not_the_steps(toy):
+    video, other = Video(0, [0.05] * 9), Video(1, [0.05] * 9)
+    plain = other.again()
+    advance(toy, [plain], ONE)
+    with cached(toy, codebook=ALWAYS) as handle, torch.no_grad():
+        session = handle.session(9)
+        for _ in range(3):
+            with handle.step([session]):
+                if len(video.outputs) == 2:
+                    thread = threading.Thread(target=advance, args=(toy, [other], ONE))
+                    thread.start()
+                    thread.join()
+                advance(toy, [video], ONE)
+        assert session.report().steps[-1].reason == "reused"
+    assert same(other, plain)
+
+
+def test_nothing_is_kept_behind_a_last_step_that_is_reused(toy):
+    video = Video(0, [0.05] * 4)
+    config = AdaCacheConfig(schedule=FixedSchedule((1, 2), 4), per_video=True)
+    handle = apply_adacache(toy, config, stack=STACK)
+    session = handle.session(4)
+    for _ in range(4):
+        assert session.nbytes or not session.step
+        with handle.step([session]):
+            advance(toy, [video], CALLS)
+    handle.remove()
+    assert session.over and not session.nbytes
 
 
 def test_mistakes_are_named(toy):
