@@ -206,7 +206,7 @@ def apply_adacache(
             nothing tells: 2 for [unconditional.., conditional..], 1 without guidance. A pipeline's own number of
             videos tells, and so do the sessions of `AdaCacheHandle.step`.
         group: the ranks that decide together. None: those of the context or tensor parallelism that diffusers'
-            `enable_parallelism` set up, or those that FSDP2 shards the blocks over, if any; else each rank decides
+            `enable_parallelism` set up, or those that FSDP shards the blocks over, if any; else each rank decides
             alone. With a sequence split in another way, give its group; to decide together with the ranks that run
             the other guidance branch, one that has both.
 

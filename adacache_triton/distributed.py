@@ -25,7 +25,7 @@ def group_of(
     """The ranks that decide together, because they must or because the user wants it; None: each decides alone.
 
     Ranks must where they run the blocks' collectives together, as one that leaves the blocks out lets the others wait:
-    those of the context parallelism that diffusers set up, and those among which FSDP2 or tensor parallelism shards
+    those of the context parallelism that diffusers set up, and those among which FSDP or tensor parallelism shards
     the parameters of a block. Replicas, with data of their own, need not.
 
     Args:
@@ -63,13 +63,16 @@ def _context(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 def _sharding(blocks: Iterable[nn.Module]) -> list[dist.ProcessGroup]:
-    """Those among whose ranks parameters of the blocks, as DTensors, are split."""
+    """Those among whose ranks parameters of the blocks are split: as DTensors, or by FSDP1, which hides them."""
     groups = {}
-    for parameter in (parameter for block in blocks for parameter in block.parameters()):
-        for dim, placement in enumerate(getattr(parameter, "placements", ())):
-            if not placement.is_replicate():
-                group = parameter.device_mesh.get_group(dim)
-                groups[group.group_name] = group
+    for module in (module for block in blocks for module in block.modules()):
+        for parameter in module.parameters(recurse=False):
+            for dim, placement in enumerate(getattr(parameter, "placements", ())):
+                if not placement.is_replicate():
+                    group = parameter.device_mesh.get_group(dim)
+                    groups[group.group_name] = group
+        if type(module).__name__ == "FullyShardedDataParallel" and module.sharding_strategy.name != "NO_SHARD":
+            groups[module.process_group.group_name] = module.process_group
     return list(groups.values())
 
 

@@ -63,6 +63,8 @@ class Modules:
                         parent = block.get_submodule(parent)
                     except AttributeError:
                         continue  # blocks of another list have other modules
+                    while child not in parent._modules and isinstance(getattr(parent, child, None), nn.Module):
+                        (parent,) = parent.children()  # of a wrapper, such as FSDP1's, that hands all else on
                     if parent._modules.get(child) is not None:
                         part = Part(parent._modules[child], hook, (path, i, module))
                         part.__dict__.update(limit=limit, calls=0)

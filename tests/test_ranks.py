@@ -108,13 +108,13 @@ def further(latents: Tensor, velocity: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def denoise(model: nn.Module, arguments, config: AdaCacheConfig = CONFIG, **kwargs) -> tuple:
-    """A run; `arguments` are those of a step."""
+def denoise(model: nn.Module, arguments, config: AdaCacheConfig = CONFIG, around: nn.Module | None = None, **kwargs):
+    """A run; `arguments` are those of a step, and `around` is called where something wraps the model."""
     handle = apply_adacache(model, config, **kwargs)
     latents = arguments(1)["hidden_states"]
     with handle.run():
         for step in range(1, STEPS + 1):
-            velocity = model(**arguments(step) | {"hidden_states": latents}, return_dict=False)[0]
+            velocity = (around or model)(**arguments(step) | {"hidden_states": latents}, return_dict=False)[0]
             latents = further(latents, velocity)
         report = handle.report()
     handle.remove()
@@ -421,29 +421,50 @@ def fsdp(model: nn.Module, mesh=None) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def fsdp1(model: nn.Module) -> nn.Module:
+    """What is to be called then: the blocks and the model are wrapped."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = partial(FullyShardedDataParallel, device_id=device(), use_orig_params=True)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = wrapped(block)
+    return wrapped(model)
+
+
 def mesh(*shape: int, names: tuple[str, ...]):
     return dist.device_mesh.init_device_mesh(device().type, shape, mesh_dim_names=names)
 
 
-def with_sharded_parameters(videos, per_video):
+def with_sharded_parameters(way, videos, changes):
     """A run of each rank's own videos; all of them on one rank, where the ranks' videos are samples of one."""
-    config, rank, ranks = replace(CONFIG, per_video=per_video), dist.get_rank(), dist.get_world_size()
+    config, rank, ranks = replace(CONFIG, **changes), dist.get_rank(), dist.get_world_size()
     mine, every = tuple(range(rank * videos, (rank + 1) * videos)), tuple(range(ranks * videos))
-    run = denoise(fsdp(tiny("wan")), partial(joined, "wan", seeds=mine), config, branches_in_batch=1)
+    model = tiny("wan")
+    around = fsdp1(model) if way == "FSDP1" else fsdp(model)
+    run = denoise(model, partial(joined, "wan", seeds=mine), config, around, branches_in_batch=1)
     together = partial(denoise, branches_in_batch=ranks)
     return run, on_one_rank(together, tiny("wan"), partial(joined, "wan", seeds=every), config)
 
 
-@pytest.mark.parametrize(("videos", "per_video"), [(1, False), (2, False), (2, True)])
-def test_ranks_that_share_their_parameters_decide_as_one(ranks, videos, per_video):
-    runs = ranks(2).run(with_sharded_parameters, videos, per_video)
+@pytest.mark.parametrize(
+    ("way", "videos", "changes"),
+    [
+        ("FSDP2", 1, {}),
+        ("FSDP2", 2, {"granularity": "block"}),
+        ("FSDP2", 2, {"per_video": True}),
+        ("FSDP1", 1, {}),
+        ("FSDP1", 1, {"granularity": "module"}),
+    ],
+)
+def test_ranks_that_share_their_parameters_decide_as_one(ranks, way, videos, changes):
+    runs = ranks(2).run(with_sharded_parameters, way, videos, changes)
     every, together = runs[0][1]
     assert agree(*(report for (_, report), _ in runs))
     for rank, ((mine, report), _) in enumerate(runs):
         assert torch.allclose(mine, every[rank * videos : (rank + 1) * videos], 0, 1e-5)
         for video, other in zip(videos_of(report), videos_of(together), strict=True):
             assert schedule(video) == schedule(other) and numbers(video) == pytest.approx(numbers(other), 1e-5, 1e-9)
-    assert len({tuple(schedule(video)) for video in videos_of(together)}) == 1 + per_video
+    assert len({tuple(schedule(video)) for video in videos_of(together)}) == len(videos_of(together))
 
 
 def in_pairs(tokens, parameters, told, together):
