@@ -1,6 +1,6 @@
-"""Train the embedded model: `python -m adacache_triton.testbed.train --out DIR`.
+"""Train an embedded model: `python -m adacache_triton.testbed.train latte --out DIR`, or `wan`.
 
-Rectified flow on the procedural videos of `videos.py`: x_t = (1 - t) x_0 + t eps, the model predicts
+Rectified flow on the procedural videos of `videos.py`, or `scenes.py`: x_t = (1 - t) x_0 + t eps, the model predicts
 v = eps - x_0 (Liu et al., arXiv 2209.03003). Times are drawn where a redundant 8-frame video is decided, near
 the noise end (logit-normal, shifted as in Esser et al., arXiv 2403.03206); the sampler's steps are even. Muon on
 the block matrices, AdamW on the rest, constant rate and a linear decay, weights averaged.
@@ -19,14 +19,13 @@ import diffusers
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from diffusers import FlowMatchEulerDiscreteScheduler, LatteTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, LatteTransformer3DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
-from . import videos
+from . import scenes, videos
 
 TIME_SHIFT = 3.0  # of the training times
-CAPTION_CHANNELS = 8  # a one-hot class; all zeros is the unconditional caption
-MODEL = dict(
+LATTE = dict(
     num_attention_heads=4,
     attention_head_dim=32,
     in_channels=3,
@@ -41,8 +40,20 @@ MODEL = dict(
     norm_type="ada_norm_single",
     norm_elementwise_affine=False,
     norm_eps=1e-6,
-    caption_channels=CAPTION_CHANNELS,
+    caption_channels=8,
     video_length=videos.NUM_FRAMES,
+)
+WAN = dict(
+    patch_size=(2, 4, 4),
+    num_attention_heads=4,
+    attention_head_dim=24,
+    in_channels=3,
+    out_channels=3,
+    text_dim=16,
+    freq_dim=64,
+    ffn_dim=288,
+    num_layers=6,
+    cross_attn_norm=True,
 )
 
 
@@ -84,10 +95,10 @@ def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if transposed else x
 
 
-def build(seed: int) -> LatteTransformer3DModel:
+def latte(seed: int) -> LatteTransformer3DModel:
     """The untrained model. Its caption path keeps unit variance, or the class would be learned too late."""
     torch.manual_seed(seed)
-    model = LatteTransformer3DModel(**MODEL)
+    model = LatteTransformer3DModel(**LATTE)
     nn.init.normal_(model.caption_projection.linear_1.weight)
     paths = [model.caption_projection.linear_2]
     for block in model.transformer_blocks:
@@ -98,20 +109,35 @@ def build(seed: int) -> LatteTransformer3DModel:
     return model
 
 
-def one_hot(labels: Tensor) -> Tensor:
-    """Class labels [B] to captions [B, 1, CAPTION_CHANNELS]; the label -1 is the unconditional caption."""
-    return (labels[:, None, None] == torch.arange(CAPTION_CHANNELS, device=labels.device)).float()
+def wan(seed: int) -> WanTransformer3DModel:
+    """The untrained model, its caption path likewise."""
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(**WAN)
+    nn.init.normal_(model.condition_embedder.text_embedder.linear_1.weight)
+    nn.init.xavier_normal_(model.condition_embedder.text_embedder.linear_2.weight)
+    nn.init.zeros_(model.proj_out.weight)
+    return model
 
 
-def loss_of(model: nn.Module, size: int, generator: torch.Generator) -> Tensor:
+# Of each model how it begins, the module that draws its videos, and the channels of a caption.
+MODELS = {"latte": (latte, videos, LATTE["caption_channels"]), "wan": (wan, scenes, WAN["text_dim"])}
+
+
+def one_hot(words: Tensor, channels: int) -> Tensor:
+    """Word numbers [B, L] to captions [B, L, channels]; the number -1 is a word of the unconditional caption."""
+    return (words[..., None] == torch.arange(channels, device=words.device)).float()
+
+
+def loss_of(model: nn.Module, name: str, size: int, generator: torch.Generator) -> Tensor:
     """Mean squared velocity error on a fresh batch."""
-    x0, labels = videos.batch(size, generator)
-    labels = torch.where(torch.rand(size, generator=generator) < 0.1, -1, labels)
+    _, drawn, channels = MODELS[name]
+    x0, words = drawn.batch(size, generator)
+    words = torch.where(torch.rand(size, 1, generator=generator) < 0.1, -1, words)
     t = torch.sigmoid(torch.randn(size, generator=generator))
     t = TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
     noise = torch.randn(x0.shape, generator=generator)
     x_t = x0 + t.view(-1, 1, 1, 1, 1) * (noise - x0)
-    prediction = model(x_t, t * 1000, one_hot(labels)).sample
+    prediction = model(x_t, t * 1000, one_hot(words, channels)).sample
     return (prediction - (noise - x0)).square().mean()
 
 
@@ -126,9 +152,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(args.port))
         dist.init_process_group("gloo", rank=rank, world_size=args.workers)
-    model = build(args.seed)
+    model = MODELS[args.model][0](args.seed)
     average = {k: v.clone() for k, v in model.state_dict().items()}
-    matrices = [p for n, p in model.named_parameters() if "blocks" in n and n.endswith("weight")]
+    matrices = [p for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2 and "table" not in n]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [Muon(matrices, lr=args.lr), torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)]
     checkpoint, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
@@ -144,7 +170,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     parameters = list(model.parameters())
     for step in range(first, args.steps):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64 + rank)
-        loss = loss_of(model, args.batch // args.workers, generator)
+        loss = loss_of(model, args.model, args.batch // args.workers, generator)
         loss.backward()
         if args.workers > 1:
             flat = torch.cat([p.grad.flatten() for p in parameters] + [loss.detach()[None]])
@@ -173,27 +199,31 @@ def train(rank: int, args: argparse.Namespace) -> None:
             torch.save(state | {"optimizers": [o.state_dict() for o in optimizers]}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
     if rank == 0:
-        export(average, args.out)
+        export(average, args)
         (args.out / "MODEL_CARD.md").write_text(card(args, running, seconds))
     if args.workers > 1:
         dist.destroy_process_group()
 
 
-def export(weights: dict[str, Tensor], out: Path) -> None:
+def export(weights: dict[str, Tensor], args: argparse.Namespace) -> None:
     """The averaged weights as diffusers components in half precision: what the package carries."""
-    model = LatteTransformer3DModel(**MODEL)
+    model = MODELS[args.model][0](args.seed)
     model.load_state_dict(weights)
-    model.half().save_pretrained(out / "transformer")
+    model.half().save_pretrained(args.out / "transformer")
     # Even steps: where the last ones are long, their drift hides how much the videos differ in difficulty.
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(out / "scheduler")
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(args.out / "scheduler")
 
 
 def card(args: argparse.Namespace, loss: float, seconds: float) -> str:
     """The model card, its numbers from the run."""
-    parameters = sum(p.numel() for p in LatteTransformer3DModel(**MODEL).parameters())
+    build, drawn, _ = MODELS[args.model]
+    model = build(args.seed)
     return CARD.format(
-        parameters=parameters / 1e6,
-        classes=", ".join(videos.CLASSES),
+        kind=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        what=WHAT[args.model],
+        file=drawn.__name__.rpartition(".")[2],
+        classes=", ".join(drawn.CLASSES),
         frames=videos.NUM_FRAMES,
         size=videos.SIZE,
         minutes=seconds / 60,
@@ -204,28 +234,31 @@ def card(args: argparse.Namespace, loss: float, seconds: float) -> str:
     )
 
 
+WHAT = {
+    "latte": "4 spatial and 4 temporal blocks of width 128, 4 x 4 pixels a token; a caption is one word, the class",
+    "wan": "6 blocks of full 3D attention of width 96, 4 x 4 pixels of two frames a token; a caption is three words: class, subject's and ground's colour",
+}
 CARD = """\
-# The embedded model
+# An embedded model: {model}
 
-A `LatteTransformer3DModel` of diffusers with {parameters:.2f} million parameters (4 spatial and 4 temporal blocks of
-width 128), a rectified flow in pixel space: {frames} frames of {size} x {size} RGB, 4 x 4 pixels a token. A one-hot
-caption says through cross-attention which class is wanted ({classes}); all zeros is the
+A `{kind}` of diffusers with {parameters:.2f} million parameters, a rectified flow in pixel space: {frames} frames of
+{size} x {size} RGB; {what}. Words are one-hot and go through cross-attention; all zeros is the
 unconditional caption. It is here to show and to test caching on a model that was really trained, and for nothing else.
 
-- **Data**: videos drawn on the fly by `videos.py`, without end and without copyright: a still disc, a drifting square,
-  a bouncing ball, a spinning bar, two crossing balls, a moving random texture.
+- **Data**: videos drawn on the fly by `{file}.py`, without end and without copyright; its classes are {classes}.
 - **Training**: {minutes:.0f} minutes on {workers} CPU cores, torch {torch}, diffusers
-  {diffusers}; class dropout 10 %, averaged weights, stored in half precision. To train it again:
-  `python -m adacache_triton.testbed.train --out DIR --steps {steps} --batch {batch} --lr {lr} --seed {seed}
+  {diffusers}; caption dropout 10 %, averaged weights, stored in half precision. To train it again:
+  `python -m adacache_triton.testbed.train {model} --out DIR --steps {steps} --batch {batch} --lr {lr} --seed {seed}
   --workers {workers}`
 - **Loss**: {loss:.4f}, mean squared velocity error at the training times, running mean over the last steps.
-- **Sampling**: 50 Euler steps, even in time, guidance scale 2 in one batch [uncond, cond].
+- **Sampling**: 50 Euler steps, even in time, guidance scale 2.
 - **Licence**: Apache-2.0, as the package.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log and exported model")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)

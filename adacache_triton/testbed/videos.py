@@ -31,7 +31,7 @@ def to_pixels(sample: Tensor) -> Tensor:
     return (sample * SCALE + SHIFT).clamp(0, 1)
 
 
-class _Draw:
+class Draw:
     """Uniform draws and pixel coordinates for n videos."""
 
     def __init__(self, n: int, generator: torch.Generator):
@@ -55,57 +55,57 @@ class _Draw:
         return palette[first, :, None, None, None], palette[second, :, None, None, None]
 
 
-def _cover(distance: Tensor) -> Tensor:
+def cover(distance: Tensor) -> Tensor:
     """Signed distance in pixels to antialiased coverage, [n, 1, T, H, W]."""
     return (0.5 - distance).clamp(0, 1)[:, None]
 
 
-def _paint(canvas: Tensor, colour: Tensor, coverage: Tensor) -> Tensor:
+def paint(canvas: Tensor, colour: Tensor, coverage: Tensor) -> Tensor:
     return canvas + (colour - canvas) * coverage
 
 
-def _reflect(position: Tensor, low: float, high: float) -> Tensor:
+def reflect(position: Tensor, low: float, high: float) -> Tensor:
     """A straight path folded between two walls."""
     phase = (position - low) % (2 * (high - low))
     return low + torch.where(phase > high - low, 2 * (high - low) - phase, phase)
 
 
-def _still(d: _Draw) -> Tensor:
+def _still(d: Draw) -> Tensor:
     x, y, radius = d.uniform(9, 15), d.uniform(9, 15), d.uniform(5.5, 7.5)
     disc = ((d.x - x) ** 2 + (d.y - y) ** 2).sqrt() - radius
-    return _cover(disc.expand(d.n, NUM_FRAMES, SIZE, SIZE))
+    return cover(disc.expand(d.n, NUM_FRAMES, SIZE, SIZE))
 
 
-def _drift(d: _Draw) -> Tensor:
+def _drift(d: Draw) -> Tensor:
     angle, speed = d.uniform(0, 6.2832), d.uniform(0.5, 0.9)
     x = d.uniform(9, 15) + (d.t - 3.5) * speed * angle.cos()
     y = d.uniform(9, 15) + (d.t - 3.5) * speed * angle.sin()
-    return _cover(torch.maximum((d.x - x).abs(), (d.y - y).abs()) - 4.5)
+    return cover(torch.maximum((d.x - x).abs(), (d.y - y).abs()) - 4.5)
 
 
-def _cross(d: _Draw) -> tuple[Tensor, Tensor]:
+def _cross(d: Draw) -> tuple[Tensor, Tensor]:
     speed, swap = d.uniform(2.0, 2.6), d.sign()
     dx = (d.t - 3.5) * speed * swap
     upper, lower = d.uniform(5.5, 9), d.uniform(15, 18.5)
     ball = [((d.x - 12 - s * dx) ** 2 + (d.y - y) ** 2).sqrt() - 3.7 for s, y in ((1, upper), (-1, lower))]
-    return _cover(ball[0]), _cover(ball[1])
+    return cover(ball[0]), cover(ball[1])
 
 
-def _spin(d: _Draw) -> Tensor:
+def _spin(d: Draw) -> Tensor:
     angle = d.uniform(0, 3.1416) + d.sign() * d.uniform(0.3, 0.5) * d.t
     x, y = d.x - d.uniform(11, 13), d.y - d.uniform(11, 13)
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    return _cover(torch.maximum(along.abs() - 9.5, across.abs() - 2.3))
+    return cover(torch.maximum(along.abs() - 9.5, across.abs() - 2.3))
 
 
-def _bounce(d: _Draw) -> Tensor:
+def _bounce(d: Draw) -> Tensor:
     angle, speed = d.uniform(0, 6.2832), d.uniform(3.8, 5.2)
-    x = _reflect(d.uniform(4, 20) + d.t * speed * angle.cos(), 4, 20)
-    y = _reflect(d.uniform(4, 20) + d.t * speed * angle.sin(), 4, 20)
-    return _cover(((d.x - x) ** 2 + (d.y - y) ** 2).sqrt() - 4)
+    x = reflect(d.uniform(4, 20) + d.t * speed * angle.cos(), 4, 20)
+    y = reflect(d.uniform(4, 20) + d.t * speed * angle.sin(), 4, 20)
+    return cover(((d.x - x) ** 2 + (d.y - y) ** 2).sqrt() - 4)
 
 
-def _texture(d: _Draw, waves: int = 10) -> Tensor:
+def texture(d: Draw, waves: int = 10) -> Tensor:
     """Plane waves of random direction and length, hardened, all moving with one velocity."""
     angle, speed = d.uniform(0, 6.2832), d.uniform(2.2, 3.5)
     x, y = d.x - d.t * speed * angle.cos(), d.y - d.t * speed * angle.sin()
@@ -120,23 +120,23 @@ def _texture(d: _Draw, waves: int = 10) -> Tensor:
 
 def draw(label: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` videos of one class: pixels in [0, 1], float32, [count, 3, T, H, W]."""
-    d = _Draw(count, generator)
+    d = Draw(count, generator)
     foreground, other = d.pair(FOREGROUND)
     background, _ = d.pair(BACKGROUND)
     name = CLASSES[label]
     canvas = background.expand(count, 3, NUM_FRAMES, SIZE, SIZE)
     if name == "texture":
-        return _paint(foreground.expand_as(canvas), other, _texture(d))
+        return paint(foreground.expand_as(canvas), other, texture(d))
     if name == "cross":
         first, second = _cross(d)
-        return _paint(_paint(canvas, foreground, first), other, second)
+        return paint(paint(canvas, foreground, first), other, second)
     shape = {"still": _still, "drift": _drift, "spin": _spin, "bounce": _bounce}[name](d)
-    return _paint(canvas, foreground, shape)
+    return paint(canvas, foreground, shape)
 
 
 def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Videos of random classes in the model's space [size, 3, T, H, W], and their labels [size]."""
+    """Videos of random classes in the model's space [size, 3, T, H, W], and their labels [size, 1]."""
     labels = torch.randint(len(CLASSES), (size,), generator=generator).sort().values
     counts = torch.bincount(labels, minlength=len(CLASSES)).tolist()
     videos = [draw(label, n, generator) for label, n in enumerate(counts) if n]
-    return to_model(torch.cat(videos)), labels
+    return to_model(torch.cat(videos)), labels[:, None]
