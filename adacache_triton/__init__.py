@@ -6,7 +6,7 @@ handle = apply_adacache(pipe, AdaCacheConfig.official("open-sora-100"))
 
 from ._version import __version__
 from .apply import AdaCacheHandle, apply_adacache
-from .config import AdaCacheConfig, Codebook, FixedSchedule, MotionRegularization
+from .config import AdaCacheConfig, Codebook, DenseEarly, FixedSchedule, MotionRegularization
 from .report import Report
 from .schedule import Schedule, Step
 from .session import AdaCacheSession
@@ -18,6 +18,7 @@ __all__ = [
     "AdaCacheSession",
     "BlockStack",
     "Codebook",
+    "DenseEarly",
     "FixedSchedule",
     "MotionRegularization",
     "Report",

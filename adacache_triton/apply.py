@@ -13,6 +13,7 @@ from torch import nn
 from .batch import Batch
 from .clock import PipelineClock, TimestepClock
 from .config import AdaCacheConfig, _number
+from .corrector import Corrector
 from .distributed import group_of
 from .hooks import StackHook
 from .models import stack_of
@@ -58,6 +59,7 @@ class AdaCacheHandle:
         if hasattr(pipeline, FREE):
             for each in cached:
                 Watched.on(pipeline, FREE, each.finish)
+        self._corrector = Corrector(pipeline, self._computed) if config.correct and pipeline is not None else None
         self._removed: Report | None = None  # the last report of a handle that was removed
         for each in cached:
             setattr(each.model(), _MARK, self)
@@ -69,6 +71,11 @@ class AdaCacheHandle:
         """What took part in the run in progress, or in the last one."""
         latest = max(each.batch.generation for each in self._cached)
         return [each for each in self._cached if latest and each.batch.generation == latest]
+
+    def _computed(self) -> list[bool]:
+        """Whether the step begun last was computed, for each run that is in the batch."""
+        begun = [list(each.begun()) for each in self._in_run()]
+        return [r.computed for r in max(begun, key=lambda records: max((r.step for r in records), default=0), default=[])]
 
     def report(self) -> Report:
         """What the run in progress, or the last one, did so far. Reads measured values from the device."""
@@ -166,6 +173,8 @@ class AdaCacheHandle:
         """Take every hook off: model and scheduler are as they were. A second call does nothing."""
         if self._removed is None:
             self._removed = self.report()
+            if self._corrector is not None:
+                self._corrector.remove()
             for each in self._cached:
                 model = each.model()
                 if model is not None:
@@ -184,7 +193,7 @@ def _plain(transformer: nn.Module) -> nn.Module:
 
 def apply_adacache(
     pipeline_or_transformer,
-    config: AdaCacheConfig,
+    config: AdaCacheConfig | None = None,
     *,
     stack: BlockStack | None = None,
     calls_per_step: int | None = None,
@@ -196,7 +205,8 @@ def apply_adacache(
     Args:
         pipeline_or_transformer: a diffusers pipeline with `transformer` and `scheduler`, or a transformer. Of a
             pipeline with `transformer_2` as well, each is cached for its own share of the steps.
-        config: when to compute; `AdaCacheConfig.official(...)` for the paper's presets. A pipeline says itself
+        config: when to compute, and what is reused. None: `AdaCacheConfig.for_speedup(2.5)`, which needs no calibration
+            and holds on any model; `AdaCacheConfig.official(...)` for the paper's presets. A pipeline says itself
             how many steps a run has; for a bare transformer `config.num_steps` must, or `AdaCacheHandle.session`.
         stack: description of the blocks, for a class that the package does not know.
         calls_per_step: forwards in every denoising step, in one order: 2 where the two halves of classifier-free
@@ -216,8 +226,10 @@ def apply_adacache(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. Nothing is left applied.
     """
+    if config is None:
+        config = AdaCacheConfig.for_speedup(2.5)
     if not isinstance(config, AdaCacheConfig):
-        raise TypeError(f"config: expected an AdaCacheConfig, got {config!r}")
+        raise TypeError(f"config: expected an AdaCacheConfig or None, got {config!r}")
     for name, count in (("calls_per_step", calls_per_step), ("branches_in_batch", branches_in_batch)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
@@ -240,7 +252,7 @@ def apply_adacache(
     if pipeline is not None and config.num_steps is not None:
         expected = "expected None for a pipeline, which says how many steps a run has"
         raise ValueError(f"config.num_steps: {expected}, got {config.num_steps}")
-    num_steps = config.num_steps or (config.schedule and config.schedule.num_steps)
+    num_steps = config.num_steps or getattr(config.schedule, "num_steps", None)
     if pipeline is None and num_steps is None and not config.per_video:
         raise ValueError("config.num_steps: expected the number of steps for a bare transformer, got None")
     cached = []

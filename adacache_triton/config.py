@@ -157,6 +157,59 @@ class FixedSchedule(_Json):
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "num_steps", _number("num_steps", self.num_steps, steps[-1], integer=True))
 
+    def for_run(self, num_steps: int) -> tuple[int, ...]:
+        """The computed steps of a run.
+
+        Raises:
+            ValueError: the list is for a run of another length.
+        """
+        if num_steps != self.num_steps:
+            raise ValueError(
+                f"config.schedule.num_steps: expected {num_steps}, the steps of the run, got {self.num_steps}"
+            )
+        return self.steps
+
+
+@dataclass(frozen=True)
+class DenseEarly(_Json):
+    """Which steps of a run of any length are computed: a wanted share of them, densely early, then at growing gaps.
+
+    An error of the first steps is carried through all later ones, and residuals change fastest there. Of N steps
+    round(N / speedup) are computed: the first `warmup` of these in a row, the others at gaps that grow geometrically
+    up to the last but few, so that the final gap is no longer than half of the one before. Nothing is measured, so it
+    neither collapses nor idles on a model that nobody has calibrated.
+
+    Args:
+        speedup: wanted, in steps of the run a computed one; >= 1.
+        warmup: share of the computed steps that come first, in a row; at least 3 steps are.
+        growth: of the gaps, the last over the first; >= 1.
+    """
+
+    speedup: float
+    warmup: float = 0.3
+    growth: float = 4.0
+
+    def __post_init__(self):
+        for name, minimum in (("speedup", 1), ("warmup", 0), ("growth", 1)):
+            object.__setattr__(self, name, _number(name, getattr(self, name), minimum))
+        if self.warmup > 1:
+            raise ValueError(f"warmup: expected a share of at most 1, got {self.warmup!r}")
+
+    def for_run(self, num_steps: int) -> tuple[int, ...]:
+        """The computed steps of a run: round(num_steps / speedup) of them, at least 3 where the run has as many."""
+        count = min(max(3, math.floor(num_steps / self.speedup + 0.5)), num_steps)
+        first = min(max(3, math.floor(count * self.warmup + 0.5)), count)
+        gaps = count - first
+        if gaps == 0:
+            return tuple(range(1, count + 1))
+        sizes = [self.growth ** (i / max(gaps - 1, 1)) for i in range(gaps)] + [self.growth / 2]
+        unit, steps, place = (num_steps + 1 - first) / sum(sizes), list(range(1, first + 1)), float(first)
+        for i, size in enumerate(sizes[:-1]):
+            place += size * unit
+            latest = num_steps - (gaps - 1 - i)  # leaves room for the others
+            steps.append(min(max(math.floor(place + 0.5), steps[-1] + 1), latest))
+        return tuple(steps)
+
 
 @dataclass(frozen=True)
 class MotionRegularization(_Json):
@@ -216,6 +269,7 @@ class MotionRegularization(_Json):
         return dataclasses.replace(self, window=(first, last))
 
 
+FORECASTS = {"none": 1, "fitted": 2, "quadratic": 3}  # and how many residuals each keeps
 GRANULARITIES = ("stack", "block", "module")
 MODULES = ("attention", "cross_attention", "mlp")
 
@@ -240,7 +294,14 @@ class AdaCacheConfig(_Json):
             every step.
         per_video: whether each video of a batch follows a schedule of its own, the same as if it were alone. Else
             one decision is taken for all of them, as in the paper.
-        schedule: which steps are computed, instead of a codebook. A second transformer's first one is in any case.
+        schedule: which steps are computed, instead of a codebook: a `FixedSchedule`, or a `DenseEarly` of a wanted
+            speed-up. A second transformer's first one is in any case.
+        forecast: what a reused step adds. `none`: the residual kept last, as in the paper. `fitted`: that residual
+            carried on along its last change, as far as was right for each sample at the computed step before; keeps
+            two. `quadratic`: the mean of the line through the last two and the parabola through the last three. Both
+            are for granularity `stack`.
+        correct: whether a computed step also puts right what the reused ones before it did to the latents, now that
+            the residuals on both sides of them are known. For pipelines with an Euler flow-matching scheduler.
     """
 
     codebook: Codebook | None = None
@@ -251,11 +312,13 @@ class AdaCacheConfig(_Json):
     granularity: str = "stack"
     modules: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] | None = None
     per_video: bool = False
-    schedule: FixedSchedule | None = None
+    schedule: FixedSchedule | DenseEarly | None = None
+    forecast: str = "none"
+    correct: bool = False
 
     def __post_init__(self):
-        if self.schedule is not None and not isinstance(self.schedule, FixedSchedule):
-            raise TypeError(f"schedule: expected a FixedSchedule or None, got {self.schedule!r}")
+        if self.schedule is not None and not isinstance(self.schedule, (FixedSchedule, DenseEarly)):
+            raise TypeError(f"schedule: expected a FixedSchedule, a DenseEarly or None, got {self.schedule!r}")
         if self.schedule is None and not isinstance(self.codebook, Codebook):
             raise TypeError(f"codebook: expected a Codebook, got {self.codebook!r}")
         for name in ("codebook", "motion", "probe_block"):
@@ -269,12 +332,16 @@ class AdaCacheConfig(_Json):
             isinstance(self.probe_block, bool) or not isinstance(self.probe_block, int)
         ):
             raise TypeError(f"probe_block: expected an integer or None, got {self.probe_block!r}")
-        if not isinstance(self.per_video, bool):
-            raise TypeError(f"per_video: expected True or False, got {self.per_video!r}")
+        for name in ("per_video", "correct"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         _known("metric", self.metric, METRICS)
         _known("granularity", self.granularity, GRANULARITIES)
+        _known("forecast", self.forecast, FORECASTS)
+        if self.forecast != "none" and self.granularity != "stack":
+            raise ValueError(f"forecast: expected 'none' with granularity {self.granularity!r}, got {self.forecast!r}")
         fixed = self.schedule
-        if fixed is not None and self.num_steps not in (None, fixed.num_steps):
+        if isinstance(fixed, FixedSchedule) and self.num_steps not in (None, fixed.num_steps):
             raise ValueError(f"num_steps: expected {fixed.num_steps} or None with that schedule, got {self.num_steps}")
         if fixed is not None and self.metric != "l1":
             raise ValueError(f"metric: expected none with a schedule, which measures nothing, got {self.metric!r}")
@@ -298,10 +365,20 @@ class AdaCacheConfig(_Json):
         if isinstance(data, Mapping):
             data = dict(data)
             kinds = {"codebook": Codebook, "motion": MotionRegularization, "schedule": FixedSchedule}
+            if isinstance(data.get("schedule"), Mapping) and "speedup" in data["schedule"]:
+                kinds["schedule"] = DenseEarly
             for name, kind in kinds.items():
                 if data.get(name) is not None:
                     data[name] = kind.from_dict(data[name])
         return super().from_dict(data)
+
+    @classmethod
+    def for_speedup(cls, speedup: float) -> AdaCacheConfig:
+        """So many times fewer computed steps, on any model: the best that needs no calibration.
+
+        2 to 3 is a usual choice. See `adacache_triton.calibrate` for a schedule searched for a model.
+        """
+        return cls(schedule=DenseEarly(speedup), forecast="fitted", correct=True)
 
     @classmethod
     def official(cls, name: str, *, moreg: bool = False) -> AdaCacheConfig:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .kernels import keep, reuse
+from .batch import Part
+from .forecast import History
+from .kernels import reuse
 from .modules import Modules
 from .session import Mode
 from .stack import Stream
@@ -17,7 +19,7 @@ from .standins import BlockReplay, BlockTap, Skipped, Tap, replaced
 
 
 class Stack:
-    """One residual for each stream; on a reused step no block runs."""
+    """The last residuals of each stream, as many as the forecast takes; on a reused step no block runs."""
 
     @staticmethod
     def exchange(hook, path: str, blocks: nn.ModuleList) -> nn.ModuleList:
@@ -31,12 +33,13 @@ class Stack:
     @staticmethod
     def leave(hook, stream: Stream, hidden: Tensor) -> Tensor:
         part = hook.batch.part
-        kept = [session.branch.residuals[stream.exit] for session in part.sessions]
-        if len(kept) == 1:
-            return reuse(part.split(hidden)[0], kept[0]).reshape(hidden.shape)
+        histories = [session.branch.residuals[stream.exit] for session in part.sessions]
+        if len(histories) == 1:
+            (history,) = histories
+            return reuse(_samples(part, hidden)[0], history.kept, history.weights).reshape(hidden.shape)
         out = torch.empty_like(hidden)
-        for rows, residual, into in zip(part.split(hidden), kept, part.split(out)):
-            reuse(rows, residual, out=into)
+        for rows, history, into in zip(_samples(part, hidden), histories, _samples(part, out)):
+            reuse(rows, history.kept, history.weights, out=into)
         return out
 
     @staticmethod
@@ -45,10 +48,20 @@ class Stack:
         kept: list[dict] = [{} for _ in part.sessions]
         checks: list = [0] * len(kept)
         for stream, entry, output in hook.passed():
-            for i, (after, before) in enumerate(zip(part.split(output), part.split(entry))):
-                (kept[i][stream.exit],), sums = keep(after, before)
-                checks[i] = checks[i] + sums[:, 4].sum()
+            for i, (after, before) in enumerate(zip(_samples(part, output), _samples(part, entry))):
+                session = part.sessions[i]
+                history = session.branch.residuals.get(stream.exit) or History(hook.batch.config.forecast)
+                checks[i] = checks[i] + history.store(after, before, session.step)
+                kept[i][stream.exit] = history
         return kept, checks
+
+
+def _samples(part: Part, tensor: Tensor) -> list[Tensor]:
+    """Each session's samples of a stream, frames out of the batch: a forecast is fitted to a sample."""
+    rows = len(part.rows)
+    if part.apart or len(tensor) == rows or len(tensor) % rows:
+        return part.split(tensor)
+    return [tensor.unflatten(0, (rows, -1))]
 
 
 class Blocks:

@@ -55,13 +55,17 @@ class Schedule:
     """The state of one run of `num_steps` denoising steps.
 
     Call `begin(step)` for each step in order; after a computed step, `decide(sums)` before the next begins. Where
-    another transformer has done `earlier` steps of the run, a fixed schedule counts them.
+    another transformer has done `earlier` steps of a run of `total`, a schedule that is a list counts them.
     """
 
-    def __init__(self, config: AdaCacheConfig, num_steps: int, earlier: int = 0):
+    def __init__(self, config: AdaCacheConfig, num_steps: int, earlier: int = 0, total: int | None = None):
         if num_steps < 1:
             raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-        self.config, self.num_steps, self._earlier = config, num_steps, earlier
+        self.config, self.num_steps = config, num_steps
+        self._listed = None
+        if config.schedule is not None:
+            listed = config.schedule.for_run(num_steps if total is None else total)
+            self._listed = {step - earlier for step in listed}
         self.steps: list[Step] = []
         self.computed = 0  # the last computed step
         self._rate = 1  # k, chosen there
@@ -77,11 +81,10 @@ class Schedule:
             raise ValueError(f"step: expected one after {last.step}, got {step}")
         if last and last.computed and last.rate is None and self.config.schedule is None:
             self.decide(None)
-        fixed = self.config.schedule
         if not self.steps:
             reason = "first"
-        elif fixed is not None:
-            reason = "listed" if step + self._earlier in fixed.steps else "reused"
+        elif self._listed is not None:
+            reason = "listed" if step in self._listed else "reused"
         elif step >= self.computed + self._rate:
             reason = "rate"
         elif step >= self.num_steps - 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import AdaCacheConfig
 from .distributed import Shards
+from .forecast import History
 from .readback import Readback
 from .report import Report
 from .schedule import Schedule, Step
@@ -73,6 +74,12 @@ class Branch:
         self.residuals.clear()
         self.probes.clear()
 
+    def aim(self, step: int) -> None:
+        """The step that is about to reuse what is kept."""
+        for each in self.residuals.values():
+            if isinstance(each, History):
+                each.aim(step)
+
     def condition(self, tensors: tuple[Tensor, ...]) -> bool | None:
         """Whether a call with these conditions is this branch; None where no tensor outlived its call."""
         alive = [(old(), new) for old, new in zip(self.conditions, tensors) if old() is not None]
@@ -127,9 +134,9 @@ class AdaCacheSession:
         kept_bytes: the most that this run kept at a time.
     """
 
-    def __init__(self, config: AdaCacheConfig, num_steps: int, earlier: int = 0):
+    def __init__(self, config: AdaCacheConfig, num_steps: int, earlier: int = 0, total: int | None = None):
         self.config, self.num_steps = config, num_steps
-        self.schedule = Schedule(config, num_steps, earlier)
+        self.schedule = Schedule(config, num_steps, earlier, total)
         self.step = self.kept_bytes = 0
         self.branches: list[Branch] = []
         self.unnamed: int | None = None  # calls of the last step of a serving loop that had no name
@@ -182,14 +189,15 @@ class AdaCacheSession:
         self.branch.called = step
         if not schedule.steps[-1].computed:
             if certain and self.branch.residuals and self.branch.computed == schedule.computed:
+                self.branch.aim(step)
                 return Mode.REUSE
             self.doubted = self.doubted or not certain
             schedule.restart()  # nothing is kept, or whose it is or how old is in doubt
             self._forget_measured()
         if schedule.steps[-1].reason == "restart":
-            self.branch.probes.clear()
-        if self.config.granularity != "module":  # whose kept tensors are overwritten in place
-            self.branch.residuals.clear()  # freed before the blocks run
+            self.branch.clear()
+        if self.config.granularity != "module" and self.config.forecast == "none":
+            self.branch.residuals.clear()  # freed before the blocks run; others are written over
         return Mode.COMPUTE
 
     def _find(self, signature: tuple, place: int, call: Call, promised: bool) -> tuple[Branch, bool]:
