@@ -130,5 +130,5 @@ def test_a_codebook_or_a_list():
         AdaCacheConfig(motion=MotionRegularization((1, 2)), schedule=LISTED)
     with pytest.raises(TypeError, match="codebook: expected a Codebook, got None"):
         AdaCacheConfig()
-    with pytest.raises(TypeError, match="schedule: expected a FixedSchedule or None"):
+    with pytest.raises(TypeError, match="schedule: expected a FixedSchedule, a DenseEarly or None"):
         AdaCacheConfig(schedule=(1, 2))
