@@ -11,8 +11,13 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .kernels import METRICS
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
 
 
 def _number(name: str, value, minimum: float, *, strict: bool = False, integer: bool = False):
@@ -133,12 +138,50 @@ class Codebook(_Json):
 
 
 @dataclass(frozen=True)
+class MadeFor(_Json):
+    """What a schedule was searched for, and on.
+
+    Attributes:
+        transformer: class name.
+        blocks: in its lists.
+        scheduler: class name.
+        num_steps: of a run.
+        latents: shape of one video's, as the transformer gets them, without the batch.
+        prompts: that it was searched on.
+        seeds: likewise, and those held out.
+        versions: of the packages.
+        date: of the day.
+    """
+
+    transformer: str
+    blocks: int
+    scheduler: str
+    num_steps: int
+    latents: tuple[int, ...]
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+    date: str = ""
+
+    def __post_init__(self):
+        for name in ("latents", "prompts", "seeds"):
+            object.__setattr__(self, name, _tuple(name, getattr(self, name)))
+        object.__setattr__(self, "versions", tuple(tuple(pair) for pair in _tuple("versions", self.versions)))
+
+    def differences(self, **found) -> list[str]:
+        """Which of the attributes given are others here, each in a few words."""
+        pairs = [(name, getattr(self, name), value) for name, value in found.items()]
+        return [f"{name} {value} instead of {own}" for name, own, value in pairs if own != value]
+
+
+@dataclass(frozen=True)
 class FixedSchedule(_Json):
     """Which steps of a run are computed, as a list: nothing is measured, nothing decided.
 
     Args:
         steps: the computed ones, ascending, counted from 1, which is the first of them.
         num_steps: of the run that the list is for, at least as many as its last step.
+        made_for: what it was searched for, if it was: used elsewhere, it warns.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -146,8 +189,11 @@ class FixedSchedule(_Json):
 
     steps: tuple[int, ...]
     num_steps: int
+    made_for: MadeFor | None = None
 
     def __post_init__(self):
+        if self.made_for is not None and not isinstance(self.made_for, MadeFor):
+            raise TypeError(f"made_for: expected a MadeFor or None, got {self.made_for!r}")
         steps = tuple(_number("steps", step, 1, integer=True) for step in _tuple("steps", self.steps))
         if not steps or steps[0] != 1:
             raise ValueError(f"steps: expected 1 as the first, got {self.steps!r}")
@@ -156,6 +202,12 @@ class FixedSchedule(_Json):
                 raise ValueError(f"steps: expected ascending values, got {after!r} after {before!r}")
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "num_steps", _number("num_steps", self.num_steps, steps[-1], integer=True))
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> FixedSchedule:
+        if isinstance(data, Mapping) and data.get("made_for") is not None:
+            data = {**data, "made_for": MadeFor.from_dict(data["made_for"])}
+        return super().from_dict(data)
 
     def for_run(self, num_steps: int) -> tuple[int, ...]:
         """The computed steps of a run.
@@ -373,12 +425,29 @@ class AdaCacheConfig(_Json):
         return super().from_dict(data)
 
     @classmethod
-    def for_speedup(cls, speedup: float) -> AdaCacheConfig:
-        """So many times fewer computed steps, on any model: the best that needs no calibration.
+    def for_speedup(cls, speedup: float, calibration: Calibration | str | Path | None = None) -> AdaCacheConfig:
+        """So many times fewer computed steps; 2 to 3 is a usual choice.
 
-        2 to 3 is a usual choice. See `adacache_triton.calibrate` for a schedule searched for a model.
+        Args:
+            speedup: steps of a run a computed one.
+            calibration: of the model, or its file, written by `adacache-triton calibrate`. None: the best schedule
+                that needs none, on any model.
+
+        Raises:
+            ValueError: the calibration has no point within 10 % of it.
         """
+        if calibration is not None:
+            return _loaded(calibration).for_speedup(speedup)
         return cls(schedule=DenseEarly(speedup), forecast="fitted", correct=True)
+
+    @classmethod
+    def for_quality(cls, psnr: float, calibration: Calibration | str | Path) -> AdaCacheConfig:
+        """The fastest schedule of a calibration that reached a PSNR in dB against the uncached video, on held-out ones.
+
+        Raises:
+            ValueError: none did.
+        """
+        return _loaded(calibration).for_quality(psnr)
 
     @classmethod
     def official(cls, name: str, *, moreg: bool = False) -> AdaCacheConfig:
@@ -393,6 +462,16 @@ class AdaCacheConfig(_Json):
         """An official preset, or `embedded`: the one of the small model in `adacache_triton.testbed`."""
         preset = PRESETS[_known("preset", name, PRESETS)]
         return cls(preset.codebook, preset.motion if moreg else None)
+
+
+def _loaded(calibration: Calibration | str | Path) -> Calibration:
+    from .calibrate import Calibration
+
+    if isinstance(calibration, (str, Path)):
+        return Calibration.load(calibration)
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration: expected a Calibration or the path of its file, got {calibration!r}")
+    return calibration
 
 
 @dataclass(frozen=True)
