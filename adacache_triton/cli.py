@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from ._version import __version__
-from .config import OFFICIAL, PRESETS, AdaCacheConfig, Codebook, MotionRegularization
+from .config import FORECASTS, OFFICIAL, PRESETS, AdaCacheConfig, Codebook, MotionRegularization
 from .generate import ADACACHE, MOREG, UNCACHED, Request, UsageError, generate
+from .report import Report
 from .testbed.videos import CLASSES, NUM_FRAMES, SIZE
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,14 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parser().parse_args(argv)
-        request = _request(args, shlex.join(["adacache-triton", *argv]))
-        _check_packages()
-        with _staging(args.out) as (folder, publish):
-            videos = generate(request, folder)
-            files = publish()
-        from .terminal import print_results
-
-        print_results(request, videos, files)
+        args.run(args, shlex.join(["adacache-triton", *argv]))
     except UsageError as error:
         print(f"adacache-triton: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -47,6 +41,64 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help and --version
         return stop.code or 0
     return 0
+
+
+def _generate(args: argparse.Namespace, command: str) -> None:
+    request = _request(args, command)
+    _check_packages()
+    with _staging(args.out) as (folder, publish):
+        videos = generate(request, folder)
+        files = publish()
+    from .terminal import print_results
+
+    print_results(request, videos, files)
+
+
+def _calibrate(args: argparse.Namespace, command: str) -> None:
+    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+        raise UsageError(f"--out: expected a file to write in a folder that is there, got {str(args.out)!r}")
+    _check_packages()
+    from .testbed.pipeline import EMBEDDED
+
+    prompts = args.prompt
+    if args.model in EMBEDDED:
+        kind = EMBEDDED[args.model]
+        prompts = prompts or kind.examples()
+        for prompt in prompts:
+            try:
+                kind.words(prompt)
+            except ValueError as error:
+                raise UsageError(f"--{error}") from None
+    else:
+        _check_model(args.model)
+        if not prompts:
+            raise UsageError("--prompt: expected at least one text for --model, got none")
+    device = _device_of(args)
+    request = Request(
+        command=command, model=None if args.model == "latte" else args.model, prompts=tuple(prompts), steps=args.steps,
+        seed=args.seed, repeats=1, device=device, dtype=_dtype_of(args, args.model not in EMBEDDED, device), preset="",
+        variants={}, options=_options(args), notes=(),
+    )  # fmt: skip
+    if request.options and args.model in EMBEDDED and request.options.keys() - {"guidance"}:
+        raise UsageError(f"--{min(request.options.keys() - {'guidance'})}: expected none for an embedded model")
+    from .terminal import calibrate_with_progress
+
+    calibrate_with_progress(request, args)
+
+
+def _report(args: argparse.Namespace, command: str) -> None:
+    try:
+        report = Report.from_json(args.file.read_text())
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise UsageError(f"FILE: expected a report as Report.to_json writes it, got {str(args.file)!r}: {error}") from None
+    print(report)
+    if args.out is not None:
+        _check_packages()
+        try:
+            report.save_picture(args.out)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--out: expected a picture to write, got {str(args.out)!r}: {error}") from None
+        print(args.out)
 
 
 def _check_packages() -> None:
@@ -68,15 +120,17 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"adacache-triton {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="generate", required=True)
-    add = commands.add_parser(
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    generating = commands.add_parser(
         "generate",
         help="make videos without the cache, with AdaCache and with AdaCache+MoReg, and compare them",
         description="Makes each video without the cache, with AdaCache and with AdaCache+MoReg, from the "
         "same noise, and writes the videos, a contact sheet, a plot of the schedules and a report. Without "
         "arguments: the small embedded model, one video of each of its classes.",
         allow_abbrev=False,
-    ).add_argument
+    )
+    generating.set_defaults(run=_generate)
+    add = generating.add_argument
     add("--model", metavar="PATH_OR_ID", help="a diffusers video pipeline; default: the embedded model")
     add(
         "--prompt",
@@ -96,15 +150,62 @@ def _parser() -> argparse.ArgumentParser:
         help="motion regularisation: on, off, or changes to the preset's, as "
         "scale=0.4,power=2,window=5-45,strides=1+2 (also divisor, gradient)",
     )
+    add("--out", metavar="DIR", type=Path, default=Path("adacache-out"), help="folder to write (adacache-out)")
+    add("--repeats", metavar="R", type=_integer(1), default=3, help="timed runs of each variant (3)")
+    _add_common(generating)
+    calibrating = commands.add_parser(
+        "calibrate",
+        help="search the steps to compute for a model at wanted speed-ups, and write them to a file",
+        description="Makes a few videos, searches on them which steps to compute for each wanted speed-up, measures "
+        "the result on other seeds, and writes it for AdaCacheConfig.for_speedup and for_quality.",
+        allow_abbrev=False,
+    )
+    calibrating.set_defaults(run=_calibrate)
+    add = calibrating.add_argument
+    add("--model", metavar="PATH_OR_ID", default="latte", help="a diffusers video pipeline, or latte or wan, embedded")
+    add("--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts that stand for those to come")
+    add("--steps", metavar="N", type=_integer(3), default=50, help="denoising steps (50)")
+    speedups = [1.5, 2.0, 3.0, 4.0, 5.0]
+    add("--speedup", metavar="X", type=_real, nargs="+", default=speedups, help="wanted, in steps (1.5 2 3 4 5)")
+    add("--forecast", type=_one_of(FORECASTS), default="fitted", help=f"one of {', '.join(FORECASTS)} (fitted)")
+    add("--correct", type=_one_of(("on", "off")), default="on", help="whether computed steps correct the latents (on)")
+    add("--seeds", metavar="N", type=_integer(1), default=1, help="a prompt to search on, and as many held out (1)")
+    add("--batch", metavar="N", type=_integer(1), default=1, help="videos at a time (1)")
+    add("--evaluations", metavar="N", type=_integer(1), default=30, help="runs to find the fastest schedule (30)")
+    add("--minutes", metavar="M", type=_real, default=None, help="time limit; none without")
+    add("--out", metavar="FILE", type=Path, default=Path("calibration.json"), help="to write (calibration.json)")
+    _add_common(calibrating)
+    reporting = commands.add_parser(
+        "report", help="print a saved report again, and draw it", description="Prints a report again, and draws it."
+    )
+    reporting.set_defaults(run=_report)
+    reporting.add_argument("file", metavar="FILE", type=Path, help="what Report.to_json wrote")
+    reporting.add_argument("--out", metavar="PICTURE", type=Path, help="file to draw it to, .png, .svg or .pdf")
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that runs a pipeline."""
+    add = parser.add_argument
     add("--seed", metavar="N", type=_integer(0, 2**62), default=0, help="of the first video's noise (0)")
     add("--device", metavar="D", type=_device, help="cpu, cuda or cuda:N; default: cuda where there is one")
     add("--dtype", metavar="TYPE", type=_one_of(DTYPES), help=f"one of {', '.join(DTYPES)}")
-    add("--out", metavar="DIR", type=Path, default=Path("adacache-out"), help="folder to write (adacache-out)")
-    add("--repeats", metavar="R", type=_integer(1), default=3, help="timed runs of each variant (3)")
     add("--guidance", metavar="G", type=_real, help="classifier-free guidance scale; default: the pipeline's")
     for name in ("frames", "height", "width"):
         add(f"--{name}", metavar="N", type=_integer(1), help="of the video; default: the pipeline's")
-    return parser
+
+
+def _options(args: argparse.Namespace) -> dict[str, float | int]:
+    options = {name: getattr(args, name) for name in ("guidance", "frames", "height", "width")}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _device_of(args: argparse.Namespace) -> torch.device:
+    return args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype_of(args: argparse.Namespace, users: bool, device: torch.device) -> torch.dtype:
+    return getattr(torch, args.dtype or ("bfloat16" if users and device.type == "cuda" else "float32"))
 
 
 def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -200,8 +301,7 @@ def _device(text: str) -> torch.device:
 def _request(args: argparse.Namespace, command: str) -> Request:
     """The arguments checked against each other, defaults filled in."""
     prompts = tuple(args.prompt or (CLASSES if args.model is None else ()))
-    options = {name: getattr(args, name) for name in ("guidance", "frames", "height", "width")}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = _options(args)
     if args.model is not None:
         _check_model(args.model)
         if not prompts:
@@ -215,8 +315,7 @@ def _request(args: argparse.Namespace, command: str) -> Request:
         for name in options.keys() - {"guidance"}:
             size = f"{NUM_FRAMES} frames of {SIZE} x {SIZE}"
             raise UsageError(f"--{name}: expected none for the embedded model ({size}), got {options[name]}")
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if args.model is not None and device.type == "cuda" else "float32")
+    device = _device_of(args)
     preset, variants, notes = _variants(args)
     return Request(
         command=command,
@@ -226,7 +325,7 @@ def _request(args: argparse.Namespace, command: str) -> Request:
         seed=args.seed,
         repeats=args.repeats,
         device=device,
-        dtype=getattr(torch, dtype),
+        dtype=_dtype_of(args, args.model is not None, device),
         preset=preset,
         variants=variants,
         options=options,

@@ -174,10 +174,11 @@ def load(request: Request) -> Any:
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    if request.model is None:
-        from .testbed.pipeline import EmbeddedPipeline
+    from .testbed.pipeline import EMBEDDED
 
-        pipeline = EmbeddedPipeline.load(request.dtype)
+    embedded = EMBEDDED.get(request.model or "latte")
+    if embedded is not None:
+        pipeline = embedded.load(request.dtype)
     else:
         import transformers
 
@@ -226,14 +227,14 @@ class Runner:
             "height": ("height",),
             "width": ("width",),
         }
-        self._arguments: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
         for option, value in request.options.items():
             name = next((n for n in names[option] if n in known), None)
             if name is None:
                 kind = type(pipeline).__name__
                 raise UsageError(f"--{option}: expected none, {kind} has no such argument, got {value}")
-            self._arguments[name] = value
-        self._arguments |= {"output_type": "np"} if "output_type" in known else {}
+            self.arguments[name] = value
+        self.arguments |= {"output_type": "np"} if "output_type" in known else {}
 
     def warm_up(self, prompt: str) -> None:
         """A few steps, computed and reused, that leave nothing to be compiled or allocated while timing."""
@@ -241,7 +242,7 @@ class Runner:
         for config in list(filter(None, self.request.variants.values()))[: 1 if once else None]:
             every_second = Codebook((sys.float_info.max,), (2, 1))
             config = dataclasses.replace(config, codebook=every_second)
-            latent = {"output_type": "latent"} if "output_type" in self._arguments else {}
+            latent = {"output_type": "latent"} if "output_type" in self.arguments else {}
             timer, report, _ = self._run(prompt, self.request.seed, config, WARM_UP_STEPS, latent)
             if report.steps:
                 self.calls_per_step = max(1, timer.forwards // len(report.steps))
@@ -269,7 +270,7 @@ class Runner:
                     prompt=prompt,
                     num_inference_steps=steps,
                     generator=torch.Generator().manual_seed(seed),
-                    **self._arguments | changes,
+                    **self.arguments | changes,
                 )
             return timer, handle.report() if handle else None, output
         finally:

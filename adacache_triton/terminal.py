@@ -7,15 +7,16 @@ import time
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from .generate import Request, Variant, Video
+from .generate import Request, Runner, UsageError, Variant, Video, load
 
 REFRESH = 0.1  # seconds between two redraws: rarely enough that a redraw does not show in the times
 COLOURS = {"uncached": "default", "AdaCache": "cyan", "AdaCache+MoReg": "magenta"}
@@ -128,3 +129,44 @@ def decibels(psnr: float) -> str:
 def _short(text: str, width: int = 32) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def calibrate_with_progress(request: Request, args) -> None:
+    """Calibrate under a progress bar, write the file, and print what was found and how it is used."""
+    from .calibrate import Videos, calibrate
+
+    console = Console(highlight=False)
+    if request.device.type == "cpu":
+        torch.set_num_threads(1 if args.model in ("latte", "wan") else torch.get_num_threads())
+    pipeline = load(request)
+    arguments = Runner(pipeline, request).arguments
+    videos = Videos(pipeline, request.prompts, request.steps, args.seeds, request.seed, args.batch, **arguments)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    try:
+        with Bar(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("uncached", total=1.0)
+            found = calibrate(
+                videos,
+                videos.made_for(),
+                args.speedup,
+                forecast=args.forecast,
+                correct=args.correct == "on",
+                evaluations=args.evaluations,
+                minutes=math.inf if args.minutes is None else args.minutes,
+                on_progress=lambda what, share: bar.update(task, description=what, completed=share),
+            )
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    found.save(args.out)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("computed", "fewer steps", "speed-up", "PSNR dB", "worst", "steps"):
+        table.add_column(heading, justify="left" if heading == "steps" else "right")
+    for point in found.points:
+        numbers = f"{point.psnr:.1f} +- {point.psnr_interval:.1f}", f"{point.psnr_min:.1f}"
+        speed = f"{point.speedup:.2f}x", f"{point.speedup_seconds:.2f}x"
+        table.add_row(f"{len(point.steps)} of {request.steps}", *speed, *numbers, " ".join(map(str, point.steps)))
+    console.print(table)
+    middle = found.points[len(found.points) // 2].speedup
+    console.print(
+        f'apply_adacache(pipe, AdaCacheConfig.for_speedup({middle:.2g}, "{args.out}"))', markup=False, soft_wrap=True
+    )

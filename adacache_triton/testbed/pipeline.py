@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,6 +37,12 @@ class EmbeddedPipeline(DiffusionPipeline):
     def __init__(self, transformer, scheduler: FlowMatchEulerDiscreteScheduler):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
+        self._place: dict = {}  # of the loop, for caches that ask; they ask for the timestep, too
+        self._current_timestep = None
+
+    @property
+    def current_timestep(self):
+        return self._current_timestep
 
     @classmethod
     def load(cls, dtype: torch.dtype = torch.float32) -> EmbeddedPipeline:
@@ -56,6 +63,11 @@ class EmbeddedPipeline(DiffusionPipeline):
             raise ValueError(f"prompt: the embedded model knows {', '.join(videos.CLASSES)}, got {prompt!r}")
         return [videos.CLASSES.index(prompt)]
 
+    @classmethod
+    def examples(cls) -> list[str]:
+        """A caption of each class."""
+        return list(cls.CLASSES)
+
     def velocity(self, latents: Tensor, t: Tensor, captions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Unconditional and conditional velocity, in one call of the transformer."""
         batch = torch.cat([latents, latents])
@@ -64,9 +76,16 @@ class EmbeddedPipeline(DiffusionPipeline):
     def call(self, context: str, latents: Tensor, t: Tensor, captions: Tensor) -> Tensor:
         """One call of the transformer, named as diffusers' pipelines name theirs."""
         model = self.transformer
-        named = getattr(model, "cache_context", None)
-        with nullcontext() if named is None else named(context):
+        with self._context(model, context):
             return model(latents.to(model.dtype), t.expand(len(latents)), captions, return_dict=False)[0].float()
+
+    def _context(self, model, name: str):
+        """As Wan's pipeline has it: newer releases of diffusers also take where the loop is."""
+        named = getattr(model, "cache_context", None)
+        if named is None:
+            return nullcontext()
+        more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(named).parameters.values())
+        return named(name, **self._place) if more else named(name)
 
     def captions(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Conditional captions [B, L, C], and those of a whole batch [uncond, cond]."""
@@ -89,9 +108,13 @@ class EmbeddedPipeline(DiffusionPipeline):
         latents = self.prepare_latents(len(captions[0]), generator, device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        for t in self.scheduler.timesteps:
+        sigmas = self.scheduler.sigmas.tolist()
+        for i, t in enumerate(self.scheduler.timesteps):
+            self._current_timestep = t
+            self._place = dict(step_index=i, sigma=sigmas[i], num_inference_steps=num_inference_steps)
             uncond, cond = self.velocity(latents, t, captions)
             latents = self.scheduler.step(uncond + guidance_scale * (cond - uncond), t, latents, return_dict=False)[0]
+        self._current_timestep = None
         self.maybe_free_model_hooks()  # ends the run for every cache that counts its steps
         frames = to_pixels(latents).permute(0, 2, 3, 4, 1)
         return EmbeddedOutput(frames=frames.float().cpu().numpy())
@@ -107,6 +130,12 @@ class EmbeddedWanPipeline(EmbeddedPipeline):
     CLASSES = scenes.CLASSES
     channels = "text_dim"
     words = staticmethod(scenes.parse)
+
+    @classmethod
+    def examples(cls) -> list[str]:
+        """A caption of each class, colours in turn."""
+        colours = zip(cls.CLASSES, scenes.SUBJECTS * 2, scenes.GROUNDS * 2)
+        return [" ".join(words) for words in colours]
 
     def velocity(self, latents: Tensor, t: Tensor, captions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Unconditional and conditional velocity, in two calls of the transformer."""
