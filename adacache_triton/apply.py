@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch.distributed as dist
 from torch import nn
 
-from .batch import Batch
 from .clock import PipelineClock, TimestepClock
+from .batch import Batch, warn_elsewhere
 from .config import AdaCacheConfig, _number
 from .corrector import Corrector
 from .distributed import group_of
@@ -75,7 +75,9 @@ class AdaCacheHandle:
     def _computed(self) -> list[bool]:
         """Whether the step begun last was computed, for each run that is in the batch."""
         begun = [list(each.begun()) for each in self._in_run()]
-        return [r.computed for r in max(begun, key=lambda records: max((r.step for r in records), default=0), default=[])]
+        return [
+            r.computed for r in max(begun, key=lambda records: max((r.step for r in records), default=0), default=[])
+        ]
 
     def report(self) -> Report:
         """What the run in progress, or the last one, did so far. Reads measured values from the device."""
@@ -252,6 +254,13 @@ def apply_adacache(
     if pipeline is not None and config.num_steps is not None:
         expected = "expected None for a pipeline, which says how many steps a run has"
         raise ValueError(f"config.num_steps: {expected}, got {config.num_steps}")
+    made_for = getattr(config.schedule, "made_for", None)
+    if made_for is not None:
+        blocks = {name: sum(map(len, each.lists.values())) for name, each in located.items()}
+        scheduler = {} if pipeline is None else {"scheduler": type(pipeline.scheduler).__name__}
+        for name, transformer in transformers.items():
+            found = dict(transformer=type(_plain(transformer)).__name__, blocks=blocks[name]) | scheduler
+            warn_elsewhere(made_for.differences(**found))
     num_steps = config.num_steps or getattr(config.schedule, "num_steps", None)
     if pipeline is None and num_steps is None and not config.per_video:
         raise ValueError("config.num_steps: expected the number of steps for a bare transformer, got None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,16 @@ from .readback import Readback
 from .session import AdaCacheSession, Branch, Call, Mode
 
 MAX_BRANCHES = 8  # calls a step; a loop that never tells its steps would keep a residual for each
+
+
+def warn_elsewhere(differences: Sequence[str]) -> None:
+    """A calibrated schedule is used where it was not searched."""
+    if differences:
+        warnings.warn(
+            f"AdaCache: the schedule was calibrated elsewhere, here: {', '.join(differences)}; run `adacache-triton "
+            "calibrate` for this model",
+            stacklevel=4,
+        )
 
 
 @dataclass(eq=False)
@@ -72,6 +83,7 @@ class Batch:
         self.config, self.clock, self.given = config, clock, given
         self.group: dist.ProcessGroup | None = None
         self._branches = branches
+        self._looked = False  # at the first call, whether the schedule was made for such latents
         self.sessions: list[AdaCacheSession] = []
         self.part: Part | None = None
         self.generation = self.num_steps = self.earlier = self.kept_bytes = 0  # as the clock counts them
@@ -122,6 +134,8 @@ class Batch:
             videos = self._videos(call.batch)
             if len(self.sessions) != videos:  # at a run's beginning, or in its middle, which is a fresh start
                 run = moment.num_steps, moment.earlier, moment.total
+                if not self._looked:
+                    self._check_latents(call)
                 self.sessions = [AdaCacheSession(self.config, *run) for _ in range(videos)]
             sessions, place, promised = self.sessions, moment.call, self.clock.promised
             if self.group is not None:
@@ -158,6 +172,11 @@ class Batch:
                 raise ValueError(f"branches_in_batch: expected a divisor of the batch of {batch}, got {self._branches}")
             return batch // self._branches
         return self.clock.videos(batch)
+
+    def _check_latents(self, call: Call) -> None:
+        made_for, self._looked = getattr(self.config.schedule, "made_for", None), True
+        if made_for is not None:
+            warn_elsewhere(made_for.differences(latents=call.latents))
 
     def admit(self, num_steps: int) -> AdaCacheSession:
         """A new run of a serving loop."""

@@ -1,4 +1,4 @@
-"""Schedules that set themselves: searched for a model on a few videos, checked on others, kept with where they are from.
+"""Schedules that set themselves: searched for a model on a few videos, checked on others, kept with their origin.
 
 What is searched is a list of computed steps, by real runs: the error of a reused step grows or shrinks on its way to
 the video, and no measurement in the run tells how much. What is found is data, a `Calibration`.
@@ -293,7 +293,9 @@ class Videos:
         arguments: of its call besides.
     """
 
-    def __init__(self, pipeline, prompts, num_steps: int, seeds: int = 1, first_seed: int = 0, batch: int = 1, **arguments):
+    def __init__(
+        self, pipeline, prompts, num_steps: int, seeds: int = 1, first_seed: int = 0, batch: int = 1, **arguments
+    ):
         self.pipeline, self.prompts, self.num_steps = pipeline, tuple(prompts), num_steps
         self.batch, self._arguments = batch, arguments
         self.seeds = tuple(range(first_seed, first_seed + 2 * seeds))
@@ -304,9 +306,8 @@ class Videos:
         stack = stack_of(model)
 
         def look(module, args, kwargs):
-            arguments = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
-            latents = arguments[stack.input]
-            shapes.append(latents.shape[1:] if isinstance(latents, torch.Tensor) else latents[0].shape)
+            names = inspect.signature(module.forward).parameters
+            shapes.append(stack.call(dict(zip(names, args)) | kwargs, None).latents)
 
         hook = model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
         try:
@@ -319,7 +320,7 @@ class Videos:
             sum(len(model.get_submodule(path)) for path in stack.lists),
             type(self.pipeline.scheduler).__name__,
             self.num_steps,
-            tuple(shapes[0]),
+            shapes[0],
             self.prompts,
             self.seeds,
             (("adacache-triton", __version__), *((name, metadata.version(name)) for name in names)),
@@ -346,7 +347,5 @@ class Videos:
 
     def _make(self, prompts, noises, steps: int) -> list[np.ndarray]:
         generators = [torch.Generator().manual_seed(seed) for seed in noises]
-        output = self.pipeline(
-            prompt=list(prompts), num_inference_steps=steps, generator=generators, **self._arguments
-        )
+        output = self.pipeline(prompt=list(prompts), num_inference_steps=steps, generator=generators, **self._arguments)
         return [np.asarray(frames, dtype=np.float32) for frames in output.frames]

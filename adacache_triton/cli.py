@@ -90,7 +90,9 @@ def _report(args: argparse.Namespace, command: str) -> None:
     try:
         report = Report.from_json(args.file.read_text())
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise UsageError(f"FILE: expected a report as Report.to_json writes it, got {str(args.file)!r}: {error}") from None
+        raise UsageError(
+            f"FILE: expected a report as Report.to_json writes it, got {str(args.file)!r}: {error}"
+        ) from None
     print(report)
     if args.out is not None:
         _check_packages()

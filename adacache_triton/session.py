@@ -95,6 +95,7 @@ class Call:
     Attributes:
         arguments: by name.
         batch: samples in it.
+        latents: shape of one's latents.
         dtype: of the latents.
         values: the plain ones, by name, but for the timestep.
         tensors: each with its place, and whether its first dimension may be the batch.
@@ -104,6 +105,7 @@ class Call:
 
     arguments: Mapping[str, Any]
     batch: int
+    latents: tuple[int, ...]
     dtype: torch.dtype
     values: tuple[tuple[str, Any], ...]
     tensors: tuple[tuple[str, bool, Tensor], ...]

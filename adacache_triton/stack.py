@@ -141,7 +141,9 @@ class BlockStack:
                 if argument not in (self.input, self.timestep) and "timestep" not in argument and tensor.dim() > 1:
                     conditions.append(tensor)
         dtype = latents[0].dtype if listed else latents.dtype
-        return Call(arguments, batch, dtype, tuple(values), tuple(tensors), tuple(conditions), name)
+        whole = listed or self.layout == "(t s) c"
+        shape = tuple(latents[0].shape if listed else latents.shape if whole else latents.shape[1:])
+        return Call(arguments, batch, shape, dtype, tuple(values), tuple(tensors), tuple(conditions), name)
 
     def view(self, residual: Tensor, batch: int, frames: int | None) -> Tensor:
         """A block's tensor as a [B, T, S, C] view, without a copy; T is 1 where frames are not known."""

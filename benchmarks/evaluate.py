@@ -21,7 +21,6 @@ import platform
 import statistics
 import time
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -125,7 +124,12 @@ class Bench:
 
     def row(self, label: str, seed: int, method: known.Method) -> dict:
         """The row of one run, or of its error."""
-        row = dict.fromkeys(COLUMNS, "") | {"method": method.name, "setting": method.setting, "class": label, "seed": seed}
+        row = dict.fromkeys(COLUMNS, "") | {
+            "method": method.name,
+            "setting": method.setting,
+            "class": label,
+            "seed": seed,
+        }
         row |= self.where
         reference, seconds_uncached, whole = self.uncached(label, seed) if not self._reference.get((label, seed)) else (
             self._reference[label, seed][0], statistics.median(self._reference[label, seed][1]),
@@ -137,7 +141,9 @@ class Bench:
                 raise RuntimeError(f"output of shape {frames.shape}, finite: {bool(np.isfinite(frames).all())}")
         except Exception as error:  # whatever another package raises
             self.load()
-            return row | {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]}
+            return row | {
+                "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
+            }
         row |= {name: f"{measure(reference, frames):.5g}" for name, measure in MEASURES.items()}
         row |= {"computed": f"{STEPS * work / whole:.3f}", "seconds": f"{seconds:.4f}"}
         return row | {"seconds_uncached": f"{seconds_uncached:.4f}", "schedule": " ".join(map(str, computed))}
@@ -181,9 +187,13 @@ class Bench:
 
 def run_controls(bench: Bench, deadline: float) -> None:
     """For each adaptive method the settings nearest to three and four times fewer steps."""
-    for name in sorted({row["method"] for row in bench.rows if row["method"].startswith("AdaCache") and ":" not in row["method"]}):
+    for name in sorted(
+        {row["method"] for row in bench.rows if row["method"].startswith("AdaCache") and ":" not in row["method"]}
+    ):
         own = [row for row in bench.rows if row["method"] == name and row["computed"]]
-        means = {s: np.mean([float(r["computed"]) for r in own if r["setting"] == s]) for s in {r["setting"] for r in own}}
+        means = {
+            s: np.mean([float(r["computed"]) for r in own if r["setting"] == s]) for s in {r["setting"] for r in own}
+        }
         for count in (17, 12):
             setting = min(means, key=lambda s: abs(means[s] - count))
             rows = [row for row in own if row["setting"] == setting]

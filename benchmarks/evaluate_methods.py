@@ -58,7 +58,7 @@ def listed(steps, **options) -> AdaCacheConfig:
 
 @contextmanager
 def nothing(pipe):
-    yield lambda: []
+    yield list
 
 
 def calibrated(model: str, forecast: str, correct: bool) -> dict[int, tuple[int, ...]]:
@@ -139,7 +139,7 @@ def diffusers_cache(kind: str, make: Callable):
         model = pipe.transformer
         model.enable_cache(make(getattr(diffusers, kind, None) or getattr(diffusers.hooks, kind), pipe))
         try:
-            yield lambda: []
+            yield list
         finally:
             model.disable_cache()
 
@@ -173,7 +173,7 @@ def cache_dit(taylor: bool, threshold: float):
         options = dict(calibrator_config=package.TaylorSeerCalibratorConfig(taylorseer_order=1)) if taylor else {}
         package.enable_cache(pipe.transformer, cache_config=config, **options)
         try:
-            yield lambda: []
+            yield list
         finally:
             package.disable_cache(pipe.transformer)
 
@@ -184,9 +184,7 @@ def peers(model: str) -> list[Method]:
     def mag(kind, pipe, threshold, most):
         if not hasattr(pipe, "mag_ratios"):
             pipe.mag_ratios = mag_ratios(pipe, kind)
-        return kind(
-            threshold=threshold, max_skip_steps=most, mag_ratios=pipe.mag_ratios, num_inference_steps=STEPS
-        )
+        return kind(threshold=threshold, max_skip_steps=most, mag_ratios=pipe.mag_ratios, num_inference_steps=STEPS)
 
     def timestep(pipe):
         return lambda: int(pipe.current_timestep)
@@ -195,12 +193,12 @@ def peers(model: str) -> list[Method]:
     for x in (0.03, 0.06, 0.1, 0.16, 0.25):
         put = diffusers_cache("FirstBlockCacheConfig", lambda kind, pipe, x=x: kind(threshold=x))
         found.append(Method("diffusers FirstBlockCache", f"{x:g}", put))
-    for every in (2, 3, 4, 5):
+    for every in (2, 3, 4, 5):  # the modules that it looks for by itself these models do not have
         put = diffusers_cache(
             "TaylorSeerCacheConfig",
             lambda kind, pipe, n=every: kind(
                 cache_interval=n, disable_cache_before_step=8, taylor_factors_dtype=torch.float32,
-                cache_identifiers=[r".*blocks\.\d+\.(attn1|attn2|ffn|ff)"],  # its own name none of these models' modules
+                cache_identifiers=[r".*blocks\.\d+\.(attn1|attn2|ffn|ff)"],
             ),
         )  # fmt: skip
         found.append(Method("diffusers TaylorSeer", f"every {every}", put))

@@ -50,11 +50,15 @@ def whole(rows: list[dict]) -> list[dict]:
     for row in ran:
         seen.setdefault((row["method"], row["setting"]), set()).add((row["class"], row["seed"]))
     most = max(map(len, seen.values()), default=0)
-    complete = {key: videos for key, videos in seen.items() if len(videos) >= 0.9 * most or ":" in key[0] or key[0] == "oracle"}
-    common = set.intersection(*(v for k, v in complete.items() if ":" not in k[0] and k[0] != "oracle")) if complete else set()
-    return [
-        row for row in ran if (row["method"], row["setting"]) in complete and (row["class"], row["seed"]) in common
-    ]
+    complete = {
+        key: videos for key, videos in seen.items() if len(videos) >= 0.9 * most or ":" in key[0] or key[0] == "oracle"
+    }
+    common = (
+        set.intersection(*(v for k, v in complete.items() if ":" not in k[0] and k[0] != "oracle"))
+        if complete
+        else set()
+    )
+    return [row for row in ran if (row["method"], row["setting"]) in complete and (row["class"], row["seed"]) in common]
 
 
 class Curve:
@@ -140,7 +144,9 @@ def comparison(model: str) -> str:
         cells = []
         for x in SPEEDUPS:
             mine, other = best(own[ours], x), pick(x)
-            cells.append("" if mine is None or other is None else f"{np.mean(mine - other):+.1f} ± {interval(mine - other):.1f}")
+            cells.append(
+                "" if mine is None or other is None else f"{np.mean(mine - other):+.1f} ± {interval(mine - other):.1f}"
+            )
         return f"| {ours} less {name} | " + " | ".join(cells) + " |"
 
     def peer(x: float):
@@ -151,7 +157,9 @@ def comparison(model: str) -> str:
 
     for ours in OURS:
         if ours in equal:
-            heads.append(line("AdaCache official, best codebook and scale", ours, lambda x: best(equal.get(BASE, []), x), equal))
+            heads.append(
+                line("AdaCache official, best codebook and scale", ours, lambda x: best(equal.get(BASE, []), x), equal)
+            )
             heads.append(line("best searched list without correction", ours, searched, equal))
             heads.append(line("best peer at the same measured speed", ours, peer, timed))
     return "\n".join(heads) + "\n"
@@ -198,10 +206,8 @@ def by_class(model: str) -> str:
         cells = []
         for label in classes:
             found = [r for r in own if r["setting"] == setting and r["class"] == label]
-            cells.append(
-                f"{np.mean([float(r['computed']) for r in found]):.1f}: {np.mean([float(r['psnr']) for r in found]):.1f} dB"
-                if found else ""
-            )  # fmt: skip
+            computed, psnr = (np.mean([float(r[name]) for r in found]) for name in ("computed", "psnr"))
+            cells.append(f"{computed:.1f}: {psnr:.1f} dB")
         lines.append(f"| {method} | {setting} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -221,10 +227,10 @@ def points(model: str) -> str:
 
         speed = np.median(column("seconds_uncached") / column("seconds"))
         psnr = column("psnr")
-        lines.append(
-            f"| {method} | {setting} | {column('computed').mean():.1f} | {speed:.2f}x | {cell(psnr)} | {psnr.min():.1f} | "
-            f"{column('ssim').mean():.4f} | {column('gmsd').mean():.4f} | {column('flicker').mean():.2f} |"
-        )
+        others = f"{column('ssim').mean():.4f} | {column('gmsd').mean():.4f} | {column('flicker').mean():.2f}"
+        computed = column("computed").mean()
+        cells = f"{computed:.1f} | {speed:.2f}x | {cell(psnr)} | {psnr.min():.1f} | {others}"
+        lines.append(f"| {method} | {setting} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -251,7 +257,11 @@ def readme() -> str:
 
 def page() -> str:
     """docs/evaluate.md."""
-    parts = ["# Fidelity against speed\n", "Written by `python benchmarks/evaluate.py draw`; see `benchmarks/evaluate.py`.\n", "![](evaluate.png)\n"]
+    parts = [
+        "# Fidelity against speed\n",
+        "Written by `python benchmarks/evaluate.py draw`; see `benchmarks/evaluate.py`.\n",
+        "![](evaluate.png)\n",
+    ]
     for model, name in MODELS.items():
         if load(model):
             parts += [
@@ -282,10 +292,9 @@ def picture(path: Path) -> None:
                 x, y = zip(*((g, v) for g in grid if (v := best(found, g)) is not None))
             else:
                 x, y = found[0].x, found[0].y
-            (line,) = axes.plot(
-                x, [v.mean() for v in y], color=colour, marker=None if method == BASE else marker, markersize=7 if bold else 5,
-                linewidth=3 if bold else 1.4, zorder=3 if bold else 2,
-            )  # fmt: skip
+            style = dict(color=colour, linewidth=3 if bold else 1.4, zorder=3 if bold else 2)
+            marks = dict(marker=None if method == BASE else marker, markersize=7 if bold else 5)
+            (line,) = axes.plot(x, [v.mean() for v in y], **style, **marks)
             low, high = zip(*((v.mean() - interval(v), v.mean() + interval(v)) for v in y))
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
             handles.setdefault(method, line)

@@ -26,7 +26,9 @@ def ssim(reference: np.ndarray, frames: np.ndarray) -> float:
     """Mean over frames, at most 1."""
     window = min(7, *(size - 1 + size % 2 for size in reference.shape[1:3]))
     pairs = zip(reference, frames)
-    return float(np.mean([structural_similarity(a, b, data_range=1, channel_axis=-1, win_size=window) for a, b in pairs]))
+    return float(
+        np.mean([structural_similarity(a, b, data_range=1, channel_axis=-1, win_size=window) for a, b in pairs])
+    )
 
 
 def gmsd(reference: np.ndarray, frames: np.ndarray) -> float:

@@ -41,7 +41,7 @@ def wan(tmp_path_factory):
 
 
 def weights():
-    if not (embedded.WEIGHTS / "transformer").exists():
+    if not (embedded.WEIGHTS / "latte").exists():
         warnings.warn("THE EMBEDDED MODEL HAS NO WEIGHTS: its test is skipped", stacklevel=2)
         pytest.skip(f"THE EMBEDDED MODEL HAS NO WEIGHTS in {embedded.WEIGHTS}")
 
@@ -240,7 +240,7 @@ def test_a_mistake_is_one_line(arguments, tmp_path, capsys, monkeypatch):
 
 def test_no_command_is_a_mistake_too(capsys):
     assert main([]) == 2
-    assert capsys.readouterr().err == "adacache-triton: error: the following arguments are required: generate\n"
+    assert capsys.readouterr().err == "adacache-triton: error: the following arguments are required: COMMAND\n"
 
 
 def fails(argv: list[str], capsys) -> str:

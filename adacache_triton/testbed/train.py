@@ -235,8 +235,9 @@ def card(args: argparse.Namespace, loss: float, seconds: float) -> str:
 
 
 WHAT = {
-    "latte": "4 spatial and 4 temporal blocks of width 128, 4 x 4 pixels a token; a caption is one word, the class",
-    "wan": "6 blocks of full 3D attention of width 96, 4 x 4 pixels of two frames a token; a caption is three words: class, subject's and ground's colour",
+    "latte": "4 spatial and 4 temporal blocks of width 128, 4 x 4 pixels a token;\na caption is one word, the class",
+    "wan": "6 blocks of full 3D attention of width 96, 4 x 4 pixels of two frames a\ntoken; a caption is three words: "
+    "class, colour of the subject, colour of the ground",
 }
 CARD = """\
 # An embedded model: {model}
