@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch.distributed as dist
 from torch import nn
 
-from .clock import PipelineClock, TimestepClock
 from .batch import Batch, warn_elsewhere
+from .clock import PipelineClock, TimestepClock
 from .config import AdaCacheConfig, _number
 from .corrector import Corrector
 from .distributed import group_of
@@ -87,14 +87,16 @@ class AdaCacheHandle:
         num_steps = sum(each.batch.num_steps for each in ran)
         kept = max((each.batch.kept_bytes for each in ran), default=0)
         count = max((len(each.batch.sessions) for each in ran), default=0)
+        whole = Report(num_steps, (), kept, self.config.granularity, config=self.config.to_dict())
         videos = []
         for i in range(count):
             runs = [(each.batch.earlier, each.batch.sessions[i]) for each in ran if i < len(each.batch.sessions)]
             steps = tuple(replace(s, step=s.step + earlier) for earlier, run in runs for s in run.steps())
-            videos.append(Report(num_steps, steps, max(run.kept_bytes for _, run in runs), self.config.granularity))
+            most = max(run.kept_bytes for _, run in runs)
+            videos.append(replace(whole, steps=steps, kept_bytes=most))
         if count == 1:
             return replace(videos[0], videos=tuple(videos)) if self.config.per_video else videos[0]
-        return Report(num_steps, (), kept, self.config.granularity, tuple(videos))
+        return replace(whole, videos=tuple(videos))
 
     @property
     def current(self) -> Step | None:

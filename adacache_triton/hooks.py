@@ -29,6 +29,7 @@ from .session import Branch, Call, Mode
 from .split import join, take
 from .stack import Located, Stream
 from .standins import ended
+from .stopwatch import mark
 from .watched import Watched
 
 # Methods of diffusers' models after which what is kept is of other weights, or of a run that is over.
@@ -253,7 +254,9 @@ class StackHook:
                 probed = model.get_submodule(self.probe[0])[self.probe[1]]
                 self._sequence = sequence_group(model, probed, stack.sequence_shards, self.batch.given)
             self._tokens = stack.tokens(model, arguments) if stack.tokens else None
-        self.mode = mode
+        latents = arguments[stack.input]
+        self.mode, self._device = mode, (latents if isinstance(latents, Tensor) else latents[0]).device
+        self._began = mark(self._device)
         if mode is Mode.COMPUTE and (self._watching or self.batch.config.granularity == "module"):
             if self._compiled(root):
                 if self.batch.config.granularity == "module":
@@ -451,7 +454,11 @@ class StackHook:
             if several:
                 raise RuntimeError(f"AdaCache: {message} of a part of the batch")
             self._warn(f"{message}, nothing is cached")
-        elif self.mode is Mode.COMPUTE:
+        if output is not None and self.mode is not Mode.PLAIN:
+            now = mark(self._device)
+            for session in self.batch.part.sessions:
+                session.stopwatch.called(session.step, self._began, now)
+        if output is not None and self.mode is Mode.COMPUTE:
             for stream, residual in self._measured:
                 view = self._unit(self._view(stream, residual), stream)
                 self._observe([x.clone() for x in self.batch.part.split(view)], stream)

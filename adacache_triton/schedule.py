@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .config import METRICS, AdaCacheConfig
+from .config import METRICS, AdaCacheConfig, DenseEarly
 
 
 @dataclass
@@ -20,8 +20,10 @@ class Step:
     Attributes:
         step: counted from 1.
         reason: why it was computed, or `reused`: `first` of the run, `rate` expired, one of the two at the `tail`,
-            `listed` in a fixed schedule,
-            or `restart`: planned as reused, but what was kept did not fit, was not finite or not there.
+            `listed` in a schedule, `warm-up` at the dense beginning of one,
+            or `restart`: planned as reused, but what was kept could not serve.
+        cause: of a restart: `not finite`, `changed` (nothing kept is of this shape, these conditions or that age), or
+            `doubt` (the calls of a step could not be told apart).
         previous_rate: k of the computed step before, None where nothing was compared.
         distance: relative L1 change of the probed residual a step, before motion regularisation.
         motion: the motion score m, None outside the window or without MoReg.
@@ -29,6 +31,7 @@ class Step:
         motion_gradient: G.
         regularized: the distance that the codebook saw.
         rate: k chosen here; None at a reused step.
+        seconds: that the transformer's calls took, on the device that they ran on; None where it was not measured.
     """
 
     step: int
@@ -40,6 +43,8 @@ class Step:
     motion_gradient: float | None = None
     regularized: float | None = None
     rate: int | None = None
+    cause: str | None = None
+    seconds: float | None = None
 
     @property
     def computed(self) -> bool:
@@ -66,6 +71,9 @@ class Schedule:
         if config.schedule is not None:
             listed = config.schedule.for_run(num_steps if total is None else total)
             self._listed = {step - earlier for step in listed}
+            self._warm_up = 0
+            while isinstance(config.schedule, DenseEarly) and self._warm_up + 1 in listed:
+                self._warm_up += 1
         self.steps: list[Step] = []
         self.computed = 0  # the last computed step
         self._rate = 1  # k, chosen there
@@ -84,7 +92,7 @@ class Schedule:
         if not self.steps:
             reason = "first"
         elif self._listed is not None:
-            reason = "listed" if step in self._listed else "reused"
+            reason = "reused" if step not in self._listed else "warm-up" if step <= self._warm_up else "listed"
         elif step >= self.computed + self._rate:
             reason = "rate"
         elif step >= self.num_steps - 1:
@@ -96,9 +104,9 @@ class Schedule:
             self.computed = step
         return self.steps[-1]
 
-    def restart(self) -> None:
+    def restart(self, cause: str) -> None:
         """Compute the step begun last although it was planned as reused: what was kept cannot serve it."""
-        self.steps[-1].reason = "restart"
+        self.steps[-1].reason, self.steps[-1].cause = "restart", cause
         self.computed = self.steps[-1].step
 
     def decide(self, sums: Sequence[float] | None) -> None:

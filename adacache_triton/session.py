@@ -19,6 +19,7 @@ from .forecast import History
 from .readback import Readback
 from .report import Report
 from .schedule import Schedule, Step
+from .stopwatch import Stopwatch
 
 
 class Mode(Enum):
@@ -133,6 +134,7 @@ class AdaCacheSession:
     Attributes:
         num_steps: denoising steps of the run.
         step: the one begun last, counted from 1; 0 before the first.
+        stopwatch: what the transformer's calls of each step took.
         kept_bytes: the most that this run kept at a time.
     """
 
@@ -143,6 +145,7 @@ class AdaCacheSession:
         self.branches: list[Branch] = []
         self.unnamed: int | None = None  # calls of the last step of a serving loop that had no name
         self.branch: Branch | None = None
+        self.stopwatch = Stopwatch()
         self.doubted = False  # whether a call was computed because nothing told whose it was
         self._forget_measured()
 
@@ -163,7 +166,9 @@ class AdaCacheSession:
 
     def report(self) -> Report:
         """What the run did so far. Reads measured values from the device."""
-        return Report(self.num_steps, tuple(self.steps()), self.kept_bytes, self.config.granularity)
+        return Report(
+            self.num_steps, tuple(self.steps()), self.kept_bytes, self.config.granularity, config=self.config.to_dict()
+        )
 
     def begin(self, step: int, place: int, signature: tuple, call: Call, promised: bool) -> Mode:
         """Start a forward: find its branch, and say what it does.
@@ -182,7 +187,7 @@ class AdaCacheSession:
             planned = schedule.begin(step)
             self.step = step
             if not planned.computed and self._broken():
-                schedule.restart()
+                schedule.restart("not finite")
             if planned.computed:
                 self._forget_measured()
                 # A branch that sat out the last computed step has nothing to compare with, or is gone for good.
@@ -194,7 +199,9 @@ class AdaCacheSession:
                 self.branch.aim(step)
                 return Mode.REUSE
             self.doubted = self.doubted or not certain
-            schedule.restart()  # nothing is kept, or whose it is or how old is in doubt
+            schedule.restart(
+                "changed" if certain else "doubt"
+            )  # nothing is kept, or whose it is or how old is in doubt
             self._forget_measured()
         if schedule.steps[-1].reason == "restart":
             self.branch.clear()
@@ -250,6 +257,8 @@ class AdaCacheSession:
         """The records of the run so far, what was measured last included."""
         schedule = copy.deepcopy(self.schedule)  # decided here, the other branches of the step would be left out
         self._settle(schedule)
+        for record in schedule.steps:
+            record.seconds = self.stopwatch.seconds(record.step)
         return schedule.steps
 
     def settle(self) -> None:

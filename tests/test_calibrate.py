@@ -133,9 +133,11 @@ def messages(pipe, made_for: MadeFor) -> list[str]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         handle = apply_adacache(pipe, config)
-        for _ in range(2):
-            pipe("still", 20, generator=torch.Generator().manual_seed(0))
-        handle.remove()
+        try:
+            for _ in range(2):
+                pipe("still", 20, generator=torch.Generator().manual_seed(0))
+        finally:
+            handle.remove()
     return [str(w.message) for w in seen if "calibrated elsewhere" in str(w.message)]
 
 
