@@ -20,6 +20,7 @@ ADAPTERS = re.compile("lcm|lightning|turbo|hyper|dmd|causvid", re.IGNORECASE)
 QUANTISERS = ("bitsandbytes", "torchao", "quanto", "gguf")
 FLOOR = 0.02  # a distance below which noise does not matter
 GROWTH = math.log(1.3) / math.log(3)  # the exponent with which a distance over three steps is 1.3 times that over one
+SPREAD = 0.5  # of gaps, as squared logarithms, below which nothing can be fitted: 1, 2, 1, 2 has 0.96
 SLOPE = 0.1
 CAUSES = {
     "not finite": "what was kept was not finite: run the model in bfloat16 or float32",
@@ -140,15 +141,15 @@ def _noise(steps: Sequence[Step], num_steps: int, slopes: Sequence[float]) -> st
     k steps it then differs by sqrt(v^2 k^2 + 2 sigma^2): in proportion to k where it changes, by as much over any gap
     where it is noise. Two things tell:
 
-    The exponent b of D ~ k^b, with D the distance before it is divided by the gap: 1 for change, 0 for noise. A codebook
-    chooses short gaps where the change is fast and long ones where it is slow, and so keeps D about constant by itself:
-    the mean of D at one gap over that at another says nothing. So each comparison is taken relative to the one just
-    before it, between which the speed hardly differs, and b is fitted to log D'/D ~ b log k'/k. Where the gap never
-    changes, there is nothing to fit, and nothing is said.
+    The exponent b of D ~ k^b, with D the distance before it is divided by the gap: 1 for change, 0 for noise. A
+    codebook takes short gaps where the change is fast and long ones where it is slow, and so keeps D about constant by
+    itself: the mean of D at one gap over that at another says nothing. So each comparison is set against those just
+    before and after it, which takes out a speed that goes up or down, and b is fitted to the logarithms of D and k
+    relative to theirs. Where the gap hardly changes, there is nothing to fit, and nothing is said.
 
-    The slope that a fitted forecast finds. Of two differences that follow each other it is the regression of the later
-    on the earlier, a step's worth each: v^2 k^2 - sigma^2 over v^2 k^2 + 2 sigma^2. About 1 for change, 0 where the noise
-    is as large as the change, -1/2 (clipped to 0) for noise alone.
+    The slope that a fitted forecast finds. Of two differences that follow each other, a step's worth each, it is the
+    regression of the later on the earlier: v^2 k^2 - sigma^2 over v^2 k^2 + 2 sigma^2. About 1 for change, 0 where the
+    noise is as large as the change, -1/2 (clipped to 0) for noise alone.
     """
     if len(slopes) >= 4 and (slope := median(slopes)) < SLOPE:
         return (
@@ -158,18 +159,19 @@ def _noise(steps: Sequence[Step], num_steps: int, slopes: Sequence[float]) -> st
     computed = [s for s in steps if s.computed]
     found = []  # gap and distance over it
     for before, step in zip(computed, computed[1:]):
-        middle = step.distance is not None and _middle(step.step, num_steps)
-        found.append((step.step - before.step, step.distance * step.previous_rate) if middle else None)
-    pairs = [(a, b) for a, b in zip(found, found[1:]) if a and b and a[0] != b[0] and min(a[1], b[1]) > FLOOR]
-    if len(pairs) < 4:
+        distance = step.distance * step.previous_rate if step.distance is not None else 0
+        good = math.isfinite(distance) and distance > FLOOR and _middle(step.step, num_steps)
+        found.append((step.step - before.step, distance) if good else None)
+    places = []  # gap and distance of a comparison, as logarithms, over the mean of those before and after it
+    for before, each, after in zip(found, found[1:], found[2:]):
+        if before and each and after:
+            places.append([math.log(b) - math.log(a * c) / 2 for a, b, c in zip(before, each, after)])
+    spread = sum(gap * gap for gap, _ in places)
+    if spread < SPREAD or sum(gap * distance for gap, distance in places) > GROWTH * spread:
         return None
-    changes = [(math.log(b[0] / a[0]), math.log(b[1] / a[1])) for a, b in pairs]
-    exponent = sum(gap * distance for gap, distance in changes) / sum(gap * gap for gap, _ in changes)
-    if not exponent < GROWTH:
-        return None
-    (short, small), (long, large) = min(min(p) for p in pairs), max(max(p) for p in pairs)
+    (short, small), (long, large) = min(filter(None, found)), max(filter(None, found))
     return (
-        f"the residual differs as much over {long} steps ({large:.3g}) as over {short} ({small:.3g}): it is noise, which "
-        "the thresholds take for change; remove() the cache, or take a schedule, which measures nothing: "
-        "apply_adacache(pipe, AdaCacheConfig(schedule=DenseEarly(2)))"
+        f"the residual differs as much over {long} steps ({large:.3g}) as over {short} ({small:.3g}): it is noise, "
+        "which the thresholds take for change; remove() the cache, or take a schedule, which measures nothing: "
+        "AdaCacheConfig(schedule=DenseEarly(2))"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import replace
 import torch.distributed as dist
 from torch import nn
 
+from .advice import advise
 from .batch import Batch, warn_elsewhere
 from .clock import PipelineClock, TimestepClock
 from .config import AdaCacheConfig, _number
@@ -59,8 +61,10 @@ class AdaCacheHandle:
         if hasattr(pipeline, FREE):
             for each in cached:
                 Watched.on(pipeline, FREE, each.finish)
+            Watched.on(pipeline, FREE, self._advise)
         self._corrector = Corrector(pipeline, self._computed) if config.correct and pipeline is not None else None
         self._removed: Report | None = None  # the last report of a handle that was removed
+        self._advised: set[str] = set()
         for each in cached:
             setattr(each.model(), _MARK, self)
 
@@ -81,8 +85,11 @@ class AdaCacheHandle:
 
     def report(self) -> Report:
         """What the run in progress, or the last one, did so far. Reads measured values from the device."""
-        if self._removed is not None:
-            return self._removed
+        if self._removed is None:
+            self._advise()
+        return self._removed or self._report()
+
+    def _report(self) -> Report:
         ran = self._in_run()
         num_steps = sum(each.batch.num_steps for each in ran)
         kept = max((each.batch.kept_bytes for each in ran), default=0)
@@ -97,6 +104,23 @@ class AdaCacheHandle:
         if count == 1:
             return replace(videos[0], videos=tuple(videos)) if self.config.per_video else videos[0]
         return replace(whole, videos=tuple(videos))
+
+    def _advise(self, *_, **__) -> None:
+        """Where a run is over: say why caching did not help, each kind once. Not where the hooks have said so."""
+        ran = self._in_run()
+        if not ran or any(each.hook.warned for each in ran):
+            return
+        total = max(each.batch.total for each in ran)
+        sessions = [session for each in ran for session in each.batch.sessions]
+        if sessions and max(each.batch.earlier + s.step for each in ran for s in each.batch.sessions) < total:
+            return
+        models = [model for each in ran if (model := each.model()) is not None]
+        slopes = [slope for session in sessions for slope in session.slopes()]
+        scheduler = None if self._pipeline is None else getattr(self._pipeline(), "scheduler", None)
+        for kind, message in advise(self._report(), total, self.config, models, scheduler, slopes).items():
+            if kind not in self._advised:
+                self._advised.add(kind)
+                warnings.warn(f"AdaCache: advice: {message}", stacklevel=3)
 
     @property
     def current(self) -> Step | None:
@@ -172,11 +196,12 @@ class AdaCacheHandle:
         finally:
             clock.counting = False
             cached.finish()
+        self._advise()
 
     def remove(self) -> None:
         """Take every hook off: model and scheduler are as they were. A second call does nothing."""
         if self._removed is None:
-            self._removed = self.report()
+            self._removed = self._report()
             if self._corrector is not None:
                 self._corrector.remove()
             for each in self._cached:
@@ -186,8 +211,10 @@ class AdaCacheHandle:
                 each.hook.remove()
                 if self._pipeline is not None and self._pipeline() is not None:
                     Watched.off(self._pipeline(), FREE, each.finish)
+                    Watched.off(self._pipeline(), FREE, self._advise)
                 each.clock.stop()
                 each.batch.drop()
+            self._advise()
 
 
 def _plain(transformer: nn.Module) -> nn.Module:

@@ -86,7 +86,7 @@ class Batch:
         self._looked = False  # at the first call, whether the schedule was made for such latents
         self.sessions: list[AdaCacheSession] = []
         self.part: Part | None = None
-        self.generation = self.num_steps = self.earlier = self.kept_bytes = 0  # as the clock counts them
+        self.generation = self.num_steps = self.earlier = self.total = self.kept_bytes = 0  # as the clock counts them
         self._served: weakref.WeakSet[AdaCacheSession] = weakref.WeakSet()  # runs of a serving loop
         self._open: list[AdaCacheSession] | None = None  # those of its step
         self._calls = self._unnamed = self._thread = 0  # in it
@@ -128,6 +128,7 @@ class Batch:
             if moment.generation != self.generation:
                 self.generation, self.sessions = moment.generation, []
                 self.num_steps, self.earlier, self.kept_bytes = moment.num_steps, moment.earlier, 0
+                self.total = moment.total
             # Of fewer than three steps all would be computed.
             if moment.num_steps < 3 or moment.step > moment.num_steps or moment.call > MAX_BRANCHES:
                 return []

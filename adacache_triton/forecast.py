@@ -36,6 +36,11 @@ class History:
         self.weights: Tensor | None = None
         self._slope: Tensor | None = None
 
+    @property
+    def slope(self) -> Tensor | None:
+        """Fitted for each sample at the step stored last, of the change a step; None where none was."""
+        return self._slope if len(self.steps) == 3 else None
+
     def tensors(self) -> tuple[Tensor, ...]:
         return self.kept
 

@@ -69,7 +69,7 @@ class StackHook:
         self._reused = False  # whether any part of any forward did
         self._call: Call | None = None  # that was split
         self._name: str | None = None  # of the guidance branch
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
         self._clear()
         self._handles, self._root_handles = [], []
         for i in range(len(self.stack.streams)):
@@ -455,9 +455,9 @@ class StackHook:
                 raise RuntimeError(f"AdaCache: {message} of a part of the batch")
             self._warn(f"{message}, nothing is cached")
         if output is not None and self.mode is not Mode.PLAIN:
-            now = mark(self._device)
-            for session in self.batch.part.sessions:
-                session.stopwatch.called(session.step, self._began, now)
+            now, sessions = mark(self._device), self.batch.part.sessions
+            for session in sessions:
+                session.stopwatch.called(session.step, self._began, now, len(sessions))
         if output is not None and self.mode is Mode.COMPUTE:
             for stream, residual in self._measured:
                 view = self._unit(self._view(stream, residual), stream)
@@ -502,8 +502,8 @@ class StackHook:
         return join(outputs, rows, call.batch, listed=listed)
 
     def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned.add(message)
             warnings.warn(f"AdaCache: {message}", stacklevel=4)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from .config import METRICS, AdaCacheConfig, DenseEarly
 
@@ -22,8 +22,8 @@ class Step:
         reason: why it was computed, or `reused`: `first` of the run, `rate` expired, one of the two at the `tail`,
             `listed` in a schedule, `warm-up` at the dense beginning of one,
             or `restart`: planned as reused, but what was kept could not serve.
-        cause: of a restart: `not finite`, `changed` (nothing kept is of this shape, these conditions or that age), or
-            `doubt` (the calls of a step could not be told apart).
+        cause: of a restart: `not finite`, `changed` (nothing kept is of this shape, type, conditions, weights or age),
+            or `doubt` (the calls of a step could not be told apart).
         previous_rate: k of the computed step before, None where nothing was compared.
         distance: relative L1 change of the probed residual a step, before motion regularisation.
         motion: the motion score m, None outside the window or without MoReg.
@@ -31,7 +31,8 @@ class Step:
         motion_gradient: G.
         regularized: the distance that the codebook saw.
         rate: k chosen here; None at a reused step.
-        seconds: that the transformer's calls took, on the device that they ran on; None where it was not measured.
+        seconds: that the transformer's calls took, on the device that they ran on, each video's share of those that
+            several took part in; None where it was not measured. Two records are equal whatever it is.
     """
 
     step: int
@@ -44,7 +45,7 @@ class Step:
     regularized: float | None = None
     rate: int | None = None
     cause: str | None = None
-    seconds: float | None = None
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def computed(self) -> bool:

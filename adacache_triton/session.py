@@ -147,6 +147,7 @@ class AdaCacheSession:
         self.branch: Branch | None = None
         self.stopwatch = Stopwatch()
         self.doubted = False  # whether a call was computed because nothing told whose it was
+        self._slopes: list[Tensor] = []  # that a forecast fitted to each sample, in the middle half of the run
         self._forget_measured()
 
     def _forget_measured(self) -> None:
@@ -243,6 +244,8 @@ class AdaCacheSession:
         branch = self.branch
         branch.residuals, branch.computed = dict(residuals), self.schedule.computed
         self.kept_bytes = max(self.kept_bytes, self.nbytes)
+        if self.num_steps / 4 < self.step <= self.num_steps * 3 / 4:
+            self._slopes += [h.slope for h in residuals.values() if isinstance(h, History) and h.slope is not None]
         if len(self._sent) == streams:
             self._measured.append([self._sent[stream] for stream in sorted(self._sent)])
         self._sent = {}
@@ -260,6 +263,10 @@ class AdaCacheSession:
         for record in schedule.steps:
             record.seconds = self.stopwatch.seconds(record.step)
         return schedule.steps
+
+    def slopes(self) -> list[float]:
+        """What a forecast fitted in the middle half of the run. Reads it from the device."""
+        return torch.cat(self._slopes).tolist() if self._slopes else []
 
     def settle(self) -> None:
         """Put what was measured last into the records: the run ends here."""

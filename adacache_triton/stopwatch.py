@@ -22,14 +22,14 @@ class Stopwatch:
     def __init__(self):
         self._calls: dict[int, list[tuple]] = {}
 
-    def called(self, step: int, begin, end) -> None:
-        """A call took from one mark to another."""
-        self._calls.setdefault(step, []).append((begin, end))
+    def called(self, step: int, begin, end, videos: int = 1) -> None:
+        """A call took from one mark to another, for so many videos."""
+        self._calls.setdefault(step, []).append((begin, end, videos))
 
     def seconds(self, step: int) -> float | None:
         """All calls of a step together; None where there was none. Waits for a GPU that has not come so far."""
         calls = self._calls.get(step)
-        return None if calls is None else sum(map(_between, *zip(*calls)))
+        return None if calls is None else sum(_between(begin, end) / videos for begin, end, videos in calls)
 
 
 def _between(begin, end) -> float:

@@ -18,9 +18,12 @@ import csv
 import datetime
 import logging
 import platform
+import re
 import statistics
 import time
 import warnings
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -44,7 +47,7 @@ MEASURES = dict(
 )
 COLUMNS = [
     "method", "setting", "class", "seed", "computed", "seconds", "seconds_uncached", *MEASURES, "schedule", "error",
-    "date", "device", "torch", "diffusers", "adacache_triton",
+    "date", "device", "torch", "diffusers", "cache_dit", "adacache_triton",
 ]  # fmt: skip
 
 
@@ -85,13 +88,14 @@ class Bench:
             "device": f"cpu {platform.machine()}, 1 thread",
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
+            "cache_dit": metadata.version("cache-dit") if find_spec("cache_dit") else "",
             "adacache_triton": __version__,
         }
         self._reference: dict[tuple, np.ndarray] = {}
         self.load()
 
     def load(self) -> None:
-        """A fresh pipeline: whatever a cache has left behind is gone."""
+        """A fresh pipeline: what a cache has left behind is gone."""
         ratios = getattr(getattr(self, "pipe", None), "mag_ratios", None)
         self.pipe = EMBEDDED[self.model].load()
         self.pipe.set_progress_bar_config(disable=True)
@@ -157,32 +161,42 @@ class Bench:
                 if not missing:
                     continue
                 self.uncached(label, seed)
+                began = len(self.rows)
                 for method in missing:
                     if time.monotonic() > deadline:
-                        return
+                        break
                     row = self.row(label, seed, method)
                     if row["error"]:
                         broken.add((method.name, method.setting))
                     self._append(row)
                     print(*(row[name] for name in COLUMNS[:10]), row["error"], flush=True)
-                    if method.name.startswith(("diffusers", "cache-dit")) and not row["error"]:
-                        self._check_gone(label, seed)
+                    if method.name.startswith(known.PEERS):
+                        self.load()
+                self._timed(label, seed, began)
+                if time.monotonic() > deadline:
+                    return
 
-    def _check_gone(self, label: str, seed: int) -> None:
-        """A peer that leaves a trace gets the next method a fresh pipeline."""
-        if any(hasattr(m, "_diffusers_hook") and m._diffusers_hook.hooks for m in self.pipe.transformer.modules()) or (
-            "forward" in vars(self.pipe.transformer)
-        ):
-            self.load()
+    def _timed(self, label: str, seed: int, began: int) -> None:
+        """Behind a video's rows, those from `began` on: the uncached video again, which must be the same, and its time.
+
+        Every peer had the pipeline to itself, so one that differs says that a cache has changed a class.
+        """
+        _, seconds, _ = self.uncached(label, seed)
+        for row in self.rows[began:]:
+            if row["seconds_uncached"]:
+                row["seconds_uncached"] = f"{seconds:.4f}"
+        self._write(self.rows, "w")
 
     def _append(self, row: dict) -> None:
         self.rows.append({name: str(value) for name, value in row.items()})
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
+        self._write(self.rows[-1:], "a" if self.path.exists() else "w")
+
+    def _write(self, rows: list[dict], mode: str) -> None:
+        with self.path.open(mode, newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
+            if mode == "w":
                 writer.writeheader()
-            writer.writerow(row)
+            writer.writerows(rows)
 
 
 def run_controls(bench: Bench, deadline: float) -> None:
@@ -226,7 +240,8 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "controls", "oracle", "draw"))
     parser.add_argument("--model", choices=tuple(EMBEDDED))
     parser.add_argument("--seeds", type=int, default=4, help="videos of each class (4)")
-    parser.add_argument("--methods", default="", help="those whose name holds this (all)")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help=f"({FIRST_SEED})")
+    parser.add_argument("--methods", default="", help="those in whose name this regular expression is found (all)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="behind which nothing new is begun")
     parser.add_argument("--tries", type=int, default=16, help="schedules that the oracle tries on a video (16)")
     args = parser.parse_args()
@@ -240,9 +255,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     bench = Bench(args.model)
-    deadline, seeds = time.monotonic() + 60 * args.minutes, range(FIRST_SEED, FIRST_SEED + args.seeds)
+    deadline, seeds = time.monotonic() + 60 * args.minutes, range(args.first_seed, args.first_seed + args.seeds)
     if args.what == "run":
-        bench.run([m for m in known.methods(args.model) if args.methods in m.name], seeds, deadline)
+        bench.run([m for m in known.methods(args.model) if re.search(args.methods, m.name)], seeds, deadline)
     elif args.what == "controls":
         run_controls(bench, deadline)
     else:

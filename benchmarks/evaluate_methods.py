@@ -21,6 +21,7 @@ from adacache_triton.config import OFFICIAL
 
 STEPS = 50
 COUNTS = (33, 25, 17, 12, 10)  # computed of them: 1.5, 2, 3, 4 and 5 times fewer
+PEERS = ("diffusers", "cache-dit")  # how the names of other packages' methods begin
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -137,13 +138,21 @@ def diffusers_cache(kind: str, make: Callable):
         import diffusers
 
         model = pipe.transformer
-        model.enable_cache(make(getattr(diffusers, kind, None) or getattr(diffusers.hooks, kind), pipe))
+        named = model.register_forward_pre_hook(name_arguments, prepend=True, with_kwargs=True)
         try:
+            model.enable_cache(make(getattr(diffusers, kind, None) or getattr(diffusers.hooks, kind), pipe))
             yield list
         finally:
-            model.disable_cache()
+            named.remove()
+            if model.is_cache_enabled:
+                model.disable_cache()
 
     return put
+
+
+def name_arguments(model, args, kwargs):
+    """As Wan's pipeline hands them over: FasterCache takes only what has a name for one of both guidance branches."""
+    return (), dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), args)) | kwargs
 
 
 def mag_ratios(pipe, kind) -> list[float]:
@@ -158,7 +167,7 @@ def mag_ratios(pipe, kind) -> list[float]:
     return [float(x) for x in re.findall(r"\[([\d., e+-]+)\]", printed.getvalue())[-1].split(",")]
 
 
-def cache_dit(taylor: bool, threshold: float):
+def cache_dit(taylor: bool, threshold: float, warmup: int, most: int):
     """DBCache, as cache-dit documents it for a transformer."""
 
     @contextmanager
@@ -167,7 +176,7 @@ def cache_dit(taylor: bool, threshold: float):
         import cache_dit as package
 
         config = package.DBCacheConfig(
-            Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=8, max_continuous_cached_steps=4,
+            Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=warmup, max_continuous_cached_steps=most,
             residual_diff_threshold=threshold, num_inference_steps=STEPS, enable_separate_cfg=pipe.NAME == "wan",
         )  # fmt: skip
         options = dict(calibrator_config=package.TaylorSeerCalibratorConfig(taylorseer_order=1)) if taylor else {}
@@ -181,10 +190,11 @@ def cache_dit(taylor: bool, threshold: float):
 
 
 def peers(model: str) -> list[Method]:
-    def mag(kind, pipe, threshold, most):
+    def mag(kind, pipe, threshold, most, retained=0.2):
         if not hasattr(pipe, "mag_ratios"):
             pipe.mag_ratios = mag_ratios(pipe, kind)
-        return kind(threshold=threshold, max_skip_steps=most, mag_ratios=pipe.mag_ratios, num_inference_steps=STEPS)
+        options = dict(retention_ratio=retained, mag_ratios=pipe.mag_ratios, num_inference_steps=STEPS)
+        return kind(threshold=threshold, max_skip_steps=most, **options)
 
     def timestep(pipe):
         return lambda: int(pipe.current_timestep)
@@ -193,7 +203,7 @@ def peers(model: str) -> list[Method]:
     for x in (0.03, 0.06, 0.1, 0.16, 0.25):
         put = diffusers_cache("FirstBlockCacheConfig", lambda kind, pipe, x=x: kind(threshold=x))
         found.append(Method("diffusers FirstBlockCache", f"{x:g}", put))
-    for every in (2, 3, 4, 5):  # the modules that it looks for by itself these models do not have
+    for every in (2, 3, 5, 10):  # the modules that it looks for by itself these models do not have
         put = diffusers_cache(
             "TaylorSeerCacheConfig",
             lambda kind, pipe, n=every: kind(
@@ -202,9 +212,9 @@ def peers(model: str) -> list[Method]:
             ),
         )  # fmt: skip
         found.append(Method("diffusers TaylorSeer", f"every {every}", put))
-    for x, most in ((0.03, 2), (0.06, 3), (0.12, 4), (0.24, 5)):
-        put = diffusers_cache("MagCacheConfig", lambda kind, pipe, x=x, most=most: mag(kind, pipe, x, most))
-        found.append(Method("diffusers MagCache", f"{x:g}, {most}", put))
+    for setting in ((0.03, 2), (0.06, 3), (0.24, 5), (1, 10, 0.1)):
+        put = diffusers_cache("MagCacheConfig", lambda kind, pipe, s=setting: mag(kind, pipe, *s))
+        found.append(Method("diffusers MagCache", ", ".join(f"{x:g}" for x in setting), put))
     for x, most in ((0.1, 1), (0.2, 2), (0.4, 3), (0.8, 5)):
         put = diffusers_cache(
             "SeaCacheConfig",
@@ -213,7 +223,8 @@ def peers(model: str) -> list[Method]:
         found.append(Method("diffusers SeaCache", f"{x:g}, {most}", put))
     for taylor in (False, True):
         name = "cache-dit DBCache" + (" + TaylorSeer" if taylor else "")
-        found += [Method(name, f"{x:g}", cache_dit(taylor, x)) for x in (0.04, 0.08, 0.16, 0.32)]
+        for x, warmup, most in ((0.04, 8, 4), (0.08, 8, 4), (0.16, 8, 4), (0.4, 4, 8)):
+            found.append(Method(name, f"{x:g}, {warmup}, {most}", cache_dit(taylor, x, warmup, most)))
     for every in (2, 4):
         put = diffusers_cache(
             "PyramidAttentionBroadcastConfig",
@@ -250,11 +261,11 @@ def controls(rows: list[dict], name: str, setting: str) -> list[Method]:
     places = np.linspace(0, 1, count)
     means = np.mean([np.interp(places, np.linspace(0, 1, len(s)), s) for s in lists.values()], axis=0)
     common: list[int] = []
-    for place in means:
-        common.append(max(round(float(place)), common[-1] + 1 if common else 1))
-    keys = list(lists)
+    for i, place in enumerate(means):
+        common.append(min(max(round(float(place)), common[-1] + 1 if common else 1), STEPS - (count - 1 - i)))
+    keys = sorted(lists)  # by class, so that as many further on as there are seeds is the next class
     seeds = len({seed for _, seed in keys})
-    dealt = {key: lists[keys[(i + seeds) % len(keys)]] for i, key in enumerate(sorted(keys))}
+    dealt = {key: lists[keys[(i + seeds) % len(keys)]] for i, key in enumerate(keys)}
 
     def deal(pipe):
         return ours(listed(dealt[pipe.video]))(pipe)
