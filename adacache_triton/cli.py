@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -18,7 +19,7 @@ import torch
 
 from ._version import __version__
 from .config import FORECASTS, OFFICIAL, PRESETS, AdaCacheConfig, Codebook, MotionRegularization
-from .generate import ADACACHE, MOREG, UNCACHED, Request, UsageError, generate
+from .generate import ADACACHE, MOREG, UNCACHED, Request, UsageError, generate, report_from
 from .report import Report
 from .testbed.videos import CLASSES, NUM_FRAMES, SIZE
 
@@ -88,16 +89,18 @@ def _calibrate(args: argparse.Namespace, command: str) -> None:
 
 def _report(args: argparse.Namespace, command: str) -> None:
     try:
-        report = Report.from_json(args.file.read_text())
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"FILE: expected a report as Report.to_json writes it, got {str(args.file)!r}: {error}"
-        ) from None
+        data = json.loads(args.file.read_text())
+        ours = isinstance(data, dict) and "configs" in data  # what generate wrote
+        report = report_from(data) if ours else Report.from_dict(data)
+    except (OSError, ValueError) as error:
+        expected = "expected a report as Report.to_json or generate writes it"
+        raise UsageError(f"FILE: {expected}, got {str(args.file)!r}: {error}") from None
     print(report)
     if args.out is not None:
-        _check_packages()
         try:
             report.save_picture(args.out)
+        except ModuleNotFoundError as error:
+            raise UsageError(str(error)) from None
         except (OSError, ValueError) as error:
             raise UsageError(f"--out: expected a picture to write, got {str(args.out)!r}: {error}") from None
         print(args.out)
@@ -178,11 +181,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="FILE", type=Path, default=Path("calibration.json"), help="to write (calibration.json)")
     _add_common(calibrating)
     reporting = commands.add_parser(
-        "report", help="print a saved report again, and draw it", description="Prints a report again, and draws it."
+        "report",
+        help="print a saved report again, and draw it",
+        description="Prints a report again, and draws it: per step whether and why it was computed, and what was "
+        "measured.",
+        allow_abbrev=False,
     )
     reporting.set_defaults(run=_report)
-    reporting.add_argument("file", metavar="FILE", type=Path, help="what Report.to_json wrote")
-    reporting.add_argument("--out", metavar="PICTURE", type=Path, help="file to draw it to, .png, .svg or .pdf")
+    add = reporting.add_argument
+    add("file", metavar="FILE", type=Path, help="what Report.to_json wrote, or generate's report.json")
+    add("--out", metavar="PICTURE", type=Path, help="file to draw it to, .png, .svg or .pdf")
     return parser
 
 

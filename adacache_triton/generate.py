@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -421,6 +421,30 @@ def _report(request: Request, pipeline, videos: list[Video], files: list[str]) -
             for v, file in zip(videos, files)
         ],
     }
+
+
+def report_from(data: Mapping) -> Report:
+    """Of what `_report` wrote: the cached runs as the videos of one report, named by prompt and variant.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+    runs = []
+    try:
+        for video in data["videos"]:
+            for variant in video["variants"]:
+                config = data["configs"].get(variant["variant"])
+                if config is not None:
+                    run = {name: variant[name] for name in ("num_steps", "kept_bytes", "steps")}
+                    run |= {"name": f"{video['prompt']}, {variant['variant']}", "config": config}
+                    runs.append(Report.from_dict(run | {"granularity": config["granularity"]}))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"report: expected what `generate` writes, got {type(error).__name__}: {error}") from None
+    if not runs:
+        raise ValueError("videos: expected one with a cached variant, got none")
+    # They ran one after the other.
+    kept = max(run.kept_bytes for run in runs)
+    return Report(max(run.num_steps for run in runs), (), kept, runs[0].granularity, tuple(runs), runs[0].config)
 
 
 def _stems(prompts: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from .report import REASONS, Report
+from .report import CAUSES, REASONS, Report
 
 # Okabe and Ito's for the reasons, Tol's for the videos: both are told apart by the colour-blind.
 COLOURS = {
@@ -32,16 +32,18 @@ def draw_report(report: Report) -> Figure:
     runs = report.runs
     panels = [("distance", "distance", 2.0), ("MoReg's M", "motion_scale", 1.2), ("rate", "rate", 1.2)]
     panels.append(("ms a step", "seconds", 1.2))
-    panels = [p for p in panels if any(getattr(s, p[1]) is not None for run in runs for s in run.steps)]
+    numbers = {f: [getattr(s, f) for run in runs for s in run.steps] for _, f, _ in panels}
+    panels = [p for p in panels if any(v is not None and math.isfinite(v) for v in numbers[p[1]])]
     heights = [0.3 * len(runs) + 0.12, *(height for *_, height in panels)]
-    total = sum(heights) + 1.4 + 0.2 * len(panels)
+    total = sum(heights) + 1.25 + 0.2 * len(panels)
     with matplotlib.rc_context({"font.size": 10, "text.parse_math": False, "axes.edgecolor": MUTED}):
         figure = Figure(figsize=(10, total), dpi=100, facecolor=PAPER)
         names = [run.name or (f"video {i}" if len(runs) > 1 else "") for i, run in enumerate(runs, 1)]
+        names = [name if len(name) <= 32 else name[:15] + "…" + name[-16:] for name in names]
         left = min(0.3, max(0.085, 0.0085 * max(map(len, names)) + 0.02))
-        sides = dict(left=left, right=0.945 if len(runs) > 1 else 0.985)
+        sides = dict(left=left, right=0.92 if len(runs) > 1 else 0.985)
         grid = figure.add_gridspec(
-            len(heights), 1, height_ratios=heights, top=1 - 0.85 / total, bottom=0.5 / total, hspace=0.25, **sides
+            len(heights), 1, height_ratios=heights, top=1 - 0.72 / total, bottom=0.5 / total, hspace=0.25, **sides
         )
         axes = [figure.add_subplot(grid[0])]
         axes += [figure.add_subplot(grid[i], sharex=axes[0]) for i in range(1, len(heights))]
@@ -55,20 +57,20 @@ def draw_report(report: Report) -> Figure:
         for text, colour in zip(axes[0].get_yticklabels(), _colours(runs)):
             text.set_color(colour if len(runs) > 1 else INK)
         axes[0].set_xlim(0.2, max(report.num_steps, 1) + 0.8)
-        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes[-1].set_xlabel("step")
         figure.legend(
-            handles=_reasons(runs), loc="upper left", bbox_to_anchor=(left - 0.008, 1 - 0.36 / total), ncols=8,
+            handles=_reasons(runs), loc="upper left", bbox_to_anchor=(0.081, 1 - 0.36 / total), ncols=8,
             frameon=False, borderaxespad=0, borderpad=0.3, handlelength=1.2, columnspacing=1.4,
         )  # fmt: skip
-        figure.text(left, 1 - 0.27 / total, report.totals(), fontsize=12, fontweight="bold", color=INK)
+        figure.text(0.085, 1 - 0.27 / total, report.totals(), fontsize=12, fontweight="bold", color=INK)
     return figure
 
 
 def _reasons(runs) -> list[Patch]:
     """An entry for each reason that occurs; a restart's tells its causes by the letters on the strip."""
     steps = [s for run in runs for s in run.steps]
-    causes = ", ".join(f"{cause[0]} {cause}" for cause in sorted({s.cause for s in steps if s.cause}))
+    causes = ", ".join(f"{cause[0]} {cause}" for cause in CAUSES if any(s.cause == cause for s in steps))
     seen = {s.reason for s in steps}
     labels = {reason: reason for reason in REASONS if reason in seen}
     if causes:
@@ -129,15 +131,13 @@ def _motion(ax, report: Report) -> None:
     ax.axhline(1, color=PALE, linewidth=0.8, zorder=0)
     for run, colour in zip(report.runs, _colours(report.runs)):
         _plot(ax, run, "motion_scale", color=colour, **MARKED)
-    _logarithmic(ax, least=2)
+    _from_zero(ax)
 
 
 def _rate(ax, report: Report) -> None:
     for run, colour in zip(report.runs, _colours(report.runs)):
         _plot(ax, run, "rate", color=colour, drawstyle="steps-post", **MARKED)
-    ax.set_ylim(bottom=0)
-    ax.margins(y=0.15)
-    ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _from_zero(ax, integer=True)
 
 
 def _time(ax, report: Report) -> None:
@@ -150,10 +150,16 @@ def _time(ax, report: Report) -> None:
             one = "#9aa1ab" if step.reason == "reused" else COLOURS[step.reason]
             ax.bar(step.step, height, 0.84, bottom, color=colour if len(report.runs) > 1 else one)
             below[step.step] = bottom + height
-    ax.yaxis.set_major_locator(MaxNLocator(4))
+    _from_zero(ax)
 
 
 _PANELS = {"distance": _distance, "motion_scale": _motion, "rate": _rate, "seconds": _time}
+
+
+def _from_zero(ax, **ticks) -> None:
+    ax.margins(y=0.12)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(4, **ticks))
 
 
 def _logarithmic(ax, least: float) -> tuple[float, float]:

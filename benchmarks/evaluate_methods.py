@@ -92,8 +92,8 @@ def methods(model: str) -> list[Method]:
     ]
     found += [Method("ours, uncalibrated", str(n), ours(AdaCacheConfig.for_speedup(x))) for n, x in speedups.items()]
     fast, slow, long = (OFFICIAL[name] for name in ("open-sora-30-fast", "open-sora-30-slow", "open-sora-100"))
-    books = [("fast", fast, x) for x in (0.05, 0.1, 0.18, 0.3, 0.5, 0.8, 1.3)]
-    books += [("slow", slow, x) for x in (0.1, 0.25, 0.6)] + [("100", long, x) for x in (0.25, 0.6, 1.0)]
+    books = [("fast", fast, x) for x in (0.08, 0.15, 0.3, 0.6, 1.2)]
+    books += [("slow", slow, x) for x in (0.3, 0.7)] + [("100", long, x) for x in (0.25, 0.6, 1.0)]
     found += [
         Method("AdaCache official", f"{name} x {x:g}", ours(AdaCacheConfig(preset.codebook.scaled(x))))
         for name, preset, x in books
@@ -116,7 +116,7 @@ def methods(model: str) -> list[Method]:
     found += [
         Method(f"AdaCache + MoReg, {name}", f"fast x {x:g}", ours(AdaCacheConfig(fast.codebook.scaled(x), motion)))
         for name, motion in forms.items()
-        for x in (0.1, 0.18, 0.3)
+        for x in (0.18, 0.3)
     ]
     for name, options in {
         "dense early alone": dict(),
@@ -215,10 +215,16 @@ def peers(model: str) -> list[Method]:
     for setting in ((0.03, 2), (0.06, 3), (0.24, 5), (1, 10, 0.1)):
         put = diffusers_cache("MagCacheConfig", lambda kind, pipe, s=setting: mag(kind, pipe, *s))
         found.append(Method("diffusers MagCache", ", ".join(f"{x:g}" for x in setting), put))
-    for x, most in ((0.1, 1), (0.2, 2), (0.4, 3), (0.8, 5)):
+    settings = ((0.1, 1), (0.2, 2), (0.4, 3), (0.8, 5))
+    for x, most in settings[-1:] if model == "latte" else settings:  # there it computes every step
         put = diffusers_cache(
             "SeaCacheConfig",
-            lambda kind, pipe, x=x, most=most: kind(threshold=x, max_consecutive_cached=most),
+            lambda kind, pipe, x=x, most=most: kind(
+                threshold=x,
+                max_consecutive_cached=most,
+                # It finds Wan's latents by itself; for another class it asks for this.
+                raw_vision_callback=None if model == "wan" else lambda m, args, kw: list(kw["hidden_states"]),
+            ),
         )
         found.append(Method("diffusers SeaCache", f"{x:g}, {most}", put))
     for taylor in (False, True):

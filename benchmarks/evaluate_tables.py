@@ -118,9 +118,9 @@ def best(found: Iterable[Curve], speedup: float) -> np.ndarray | None:
     return max(values, key=np.mean) if values else None
 
 
-def table(model: str) -> str:
-    """PSNR by method and speed-up in computed steps; below it, what does not run."""
-    rows = load(model)
+def table(model: str, short: bool = False) -> str:
+    """PSNR by method and speed-up in computed steps; below it, what does not run. The short one is of the picture's."""
+    rows = [row for row in load(model) if not short or row["method"] in FAMILY or row["method"].startswith(PEERS)]
     lines = ["| PSNR dB | " + " | ".join(f"{x:g}x" for x in SPEEDUPS) + " |", "|---|" + "--:|" * len(SPEEDUPS)]
     for method, found in curves(whole(rows)).items():
         if ":" in method or method == "oracle":
@@ -254,8 +254,12 @@ def readme() -> str:
     parts = []
     for model, name in MODELS.items():
         if load(model):
-            parts += [f"**{name}**, PSNR to the uncached video. {source(model)}\n", table(model), comparison(model)]
-    return "\n".join(parts)
+            parts += [
+                f"**{name}**, PSNR to the uncached video. {source(model)}\n",
+                table(model, True),
+                comparison(model),
+            ]
+    return "\n" + "\n".join(parts) if parts else ""
 
 
 def page() -> str:
@@ -320,4 +324,4 @@ def picture(path: Path) -> None:
 def draw() -> None:
     picture(ROOT / "docs/evaluate.png")
     (ROOT / "docs/evaluate.md").write_text(page())
-    print(readme())
+    print(readme())  # update_readme.py puts it into the README

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import end_to_end_rows
+import evaluate_tables
 import kernel_rows
 import numpy as np
 
@@ -53,6 +54,7 @@ def tables() -> dict[str, str]:
     return {
         "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
         "classes": class_table(),
+        "evaluate": evaluate_tables.readme(),
         "end-to-end": end_to_end_rows.table(end_to_end_rows.load()),
         "kernels": kernel_rows.table(kernel_rows.load()),
         "models": "\n" + (ROOT / "docs" / "models.md").read_text().rpartition("\n\n")[2],

@@ -109,6 +109,9 @@ def test_embedded_model(tmp_path, capsys):
     assert "embedded model on " in printed and "6 steps, 1 run" in printed
     assert "MoReg's window, 5-45 of 50 steps, becomes 1-5 of 6" in printed
 
+    assert main(["report", "adacache-out/report.json", "--out", "again.png"]) == 0
+    assert "spin, AdaCache+MoReg: " in capsys.readouterr().out and (tmp_path / "again.png").is_file()
+
 
 def test_latte_from_disk(latte, tmp_path, capsys):
     size = "--frames 4 --height 16 --width 24".split()

@@ -10,7 +10,7 @@ from tiny_models import MODELS, build, sample
 from tiny_pipelines import PIPELINES
 from torch import nn
 
-from adacache_triton import AdaCacheConfig, Codebook, MotionRegularization, apply_adacache
+from adacache_triton import AdaCacheConfig, Codebook, FixedSchedule, MotionRegularization, apply_adacache
 
 STEPS = 12
 # Rates that change from step to step, and from run to run.
@@ -104,6 +104,20 @@ def test_a_whole_model_is_two_graphs(name):
     handle = apply_adacache(compiled, CONFIG)
     assert same(denoise(compiled, name, handle), expected)
     assert compiler.graphs == 2 and handle.report() == report
+
+
+@pytest.mark.parametrize("forecast", ("fitted", "quadratic"))
+@pytest.mark.parametrize("name", ("latte", "wan"))
+def test_a_forecast_is_two_graphs_as_well(name, forecast):
+    model, compiler, videos = small(name), Frugal(), []
+    listed = AdaCacheConfig(schedule=FixedSchedule((1, 2, 3, 6, 9), STEPS), forecast=forecast)
+    for root in (model, torch.compile(model, backend=compiler, fullgraph=True)):
+        handle = apply_adacache(root, listed)
+        with torch.no_grad(), handle.run():
+            steps = range(STEPS)
+            videos.append([sample(root(**MODELS[name].inputs(0, 900 - 70 * step))).clone() for step in steps])
+        handle.remove()
+    assert compiler.graphs == 2 and same(*videos)
 
 
 def compile_whole(model, compiler):

@@ -409,7 +409,7 @@ def test_other_dtypes(model, cached, dtype):
                     plain = model(timestep=torch.tensor([1000 - step] * 2), return_dict=False, **call)[0]
             elif step == 4:
                 kept = handle._cached[0].batch.sessions[0].branch
-                assert kept.residuals["norm_out"].dtype == kept.probes[0].dtype == dtype
+                assert kept.residuals["norm_out"].kept[0].dtype == kept.probes[0].dtype == dtype
         assert output.dtype == dtype and torch.isfinite(output).all()
         torch.testing.assert_close(output, plain, rtol=0.1, atol=0.05)
         assert any(not s.computed for s in handle.report().steps)

@@ -119,6 +119,19 @@ def test_a_pipelines_loop(told, name, calls, per_video, granularity):
     assert {"sent", "read"} == set(log)
 
 
+@pytest.mark.parametrize("forecast", ("fitted", "quadratic"))
+@pytest.mark.parametrize("name, calls, per_video", [("latte", 1, True), ("wan", 2, False)])
+def test_a_forecast(told, name, calls, per_video, forecast):
+    told(SHORT, LONG) if per_video else told(SHORT)
+    config = dataclasses.replace(config_of(per_video), forecast=forecast)
+    loop = Loop(name, calls, config, DEVICE)
+    loop(8, around=no_waiting)
+    report = loop.handle._report()  # the public one looks at the slopes, too, which are values
+    for each in report.videos or (report,):
+        assert {step.reason for step in each.steps} >= {"rate"}
+    assert any(not step.computed for each in report.videos or (report,) for step in each.steps)
+
+
 def test_a_serving_loop(told):
     told(SHORT, LONG, SHORT, SHORT, LONG)
     (latents, text), (model, stack) = SHAPES["toy"], small("toy", DEVICE)

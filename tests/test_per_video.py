@@ -381,7 +381,7 @@ def test_what_is_kept_is_that_of_the_videos_alone_and_goes_with_them(toy):
         one = 2 * 3 * 7 * WIDTH * 4
         assert [session.nbytes for session in sessions] == [2 * one] * 3
         branch = sessions[1].branches[0]
-        gone = [weakref.ref(x) for x in (sessions[1], branch.probes[0], branch.residuals["norm_out"])]
+        gone = [weakref.ref(x) for x in (sessions[1], branch.probes[0], branch.residuals["norm_out"].kept[0])]
         gc.disable()
         try:
             del sessions[1], videos[1], branch
