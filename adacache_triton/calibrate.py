@@ -134,8 +134,8 @@ def worth(psnrs: Sequence[float]) -> float:
 
 def shapes(num_steps: int, count: int) -> Iterable[tuple[int, ...]]:
     """Lists to start from."""
-    for warmup in (0.3, 0.5):
-        for growth in (2, 4, 8):
+    for warmup in (0.4, 0.25):
+        for growth in (2, 5):
             yield DenseEarly(num_steps / count, warmup, growth).for_run(num_steps)
 
 

@@ -223,14 +223,17 @@ class FixedSchedule(_Json):
         return self.steps
 
 
+FOR_AN_END = 8  # computed steps behind the first ones: with fewer, a second one at the end is better spent before it
+
+
 @dataclass(frozen=True)
 class DenseEarly(_Json):
     """Which steps of a run of any length are computed: a wanted share of them, densely early, then at growing gaps.
 
-    An error of the first steps is carried through all later ones, and residuals change fastest there. Of N steps
-    round(N / speedup) are computed: the first `warmup` of these in a row, the others at gaps that grow geometrically
-    up to step 0.96 N, as the last steps change much again. Nothing is measured, so it neither collapses nor idles on a
-    model that nobody has calibrated.
+    An error of the first steps is carried through all later ones, and residuals change fastest there, and again at the
+    end. Of N steps round(N / speedup) are computed: a share of them first, in a row, then at gaps that grow
+    geometrically up to step 0.94 N, and step 0.98 N; where few are left for that, up to step 0.96 N. Nothing is
+    measured, so it neither collapses nor idles on a model that nobody has calibrated.
 
     Args:
         speedup: wanted, in steps of the run a computed one; >= 1.
@@ -252,15 +255,21 @@ class DenseEarly(_Json):
         """The computed steps of a run: round(num_steps / speedup) of them, at least 3 where the run has as many."""
         count = min(max(3, math.floor(num_steps / self.speedup + 0.5)), num_steps)
         first = min(max(3, math.floor(count * self.warmup + 0.5)), count)
-        later, end = count - first, max(num_steps - max(1, math.floor(0.04 * num_steps + 0.5)), count)
+        later = count - first
+        if later == 0:
+            return tuple(range(1, count + 1))
+        shares = (0.06, 0.02) if later >= FOR_AN_END else (0.04,)
+        ends = [num_steps - max(len(shares) - i, round(share * num_steps)) for i, share in enumerate(shares)]
+        ends = [max(end, count - len(ends) + i) for i, end in enumerate(ends, 1)]  # where hardly any step is left out
+        later -= len(ends) - 1
         sizes = [self.growth ** (i / max(later - 1, 1)) for i in range(later)]
-        unit, place, ends = (end - first) / max(sum(sizes), 1), float(first), [first]
+        unit, place, places = (ends[0] - first) / sum(sizes), float(first), [first]
         for i, size in enumerate(sizes, 1):
             place += size * unit
-            ends.append(min(max(math.floor(place + 0.5), ends[-1] + 1), end - (later - i)))
+            places.append(min(max(math.floor(place + 0.5), places[-1] + 1), ends[0] - (later - i)))
         # Rounding makes them alternate, which a forecast from the last gap takes for a change of slope: in order, then.
-        gaps = sorted(b - a for a, b in zip(ends, ends[1:]))
-        return (*range(1, first), *itertools.accumulate(gaps, initial=first))
+        gaps = sorted(b - a for a, b in zip(places, places[1:]))
+        return (*range(1, first), *itertools.accumulate(gaps, initial=first), *ends[1:])
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,9 @@ class Runner:
             every_second = Codebook((sys.float_info.max,), (2, 1))
             config = dataclasses.replace(config, codebook=every_second)
             latent = {"output_type": "latent"} if "output_type" in self.arguments else {}
-            timer, report, _ = self._run(prompt, self.request.seed, config, WARM_UP_STEPS, latent)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "AdaCache: advice")  # of so few steps
+                timer, report, _ = self._run(prompt, self.request.seed, config, WARM_UP_STEPS, latent)
             if report.steps:
                 self.calls_per_step = max(1, timer.forwards // len(report.steps))
 

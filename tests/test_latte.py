@@ -120,7 +120,7 @@ def test_a_reused_step_runs_no_block_and_adds_one_tensor(model, cached, monkeypa
     for block in (*model.transformer_blocks, *model.temporal_transformer_blocks):
         blocks.append(block.register_forward_hook(lambda *_: ran.append(1)))
     real = granularity.reuse
-    monkeypatch.setattr(granularity, "reuse", lambda hidden, residual: adds.append(residual) or real(hidden, residual))
+    monkeypatch.setattr(granularity, "reuse", lambda hidden, *rest: adds.append(rest) or real(hidden, *rest))
     counts = []
     call = inputs()
     with torch.no_grad():

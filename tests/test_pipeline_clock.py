@@ -300,7 +300,9 @@ def test_half_precision_with_a_float32_exit(transformer):
         for _ in range(4):
             outputs.append(half(latents, torch.tensor([500]), encoder_hidden_states=text, return_dict=False)[0])
         branch = handle._cached[0].batch.sessions[0].branch
-        assert {branch.residuals["norm_out"].kept[0].dtype, branch.probes[0].dtype, outputs[-1].dtype} == {torch.bfloat16}
+        assert {branch.residuals["norm_out"].kept[0].dtype, branch.probes[0].dtype, outputs[-1].dtype} == {
+            torch.bfloat16
+        }
     assert handle.report().computed_steps == [1, 2]
     torch.testing.assert_close(outputs[3], outputs[0], rtol=0.02, atol=0.02)
 
