@@ -9,7 +9,7 @@ from tiny_models import MODELS, sample
 from torch._dynamo.utils import counters
 from waiting import no_waiting
 
-from adacache_triton import AdaCacheConfig, Codebook, MotionRegularization, apply_adacache, batch
+from adacache_triton import AdaCacheConfig, Codebook, DenseEarly, MotionRegularization, apply_adacache, batch
 from adacache_triton.readback import Readback
 
 pytestmark = [
@@ -59,6 +59,18 @@ def test_no_step_waits_for_the_device(name, calls, per_video, granularity, monke
     monkeypatch.setattr(batch, "Readback", AtOnce)
     loop = Loop(name, calls, config, DEVICE)
     assert torch.equal(loop(STEPS), video) and loop.handle.report() == report
+
+
+@pytest.mark.parametrize("forecast", ("fitted", "quadratic"))
+@pytest.mark.parametrize("name, calls, per_video", [("latte", 1, True), ("wan", 2, False)])
+def test_no_step_waits_with_a_forecast_and_corrected_latents(name, calls, per_video, forecast):
+    """And the video is the processor's."""
+    config = AdaCacheConfig(schedule=DenseEarly(2), forecast=forecast, correct=True, per_video=per_video)
+    loop = Loop(name, calls, config, DEVICE)
+    loop(STEPS)  # compiles
+    video = loop(STEPS, around=no_waiting)
+    assert len(loop.handle.report().computed_steps) == STEPS // 2
+    torch.testing.assert_close(video.cpu(), Loop(name, calls, config, "cpu")(STEPS), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
