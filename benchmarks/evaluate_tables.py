@@ -44,20 +44,17 @@ def load(model: str) -> list[dict]:
 
 
 def whole(rows: list[dict]) -> list[dict]:
-    """Rows of the videos that every method has seen which does run: so that all means are of the same videos."""
-    ran = [row for row in rows if row["computed"]]
-    seen = {}
+    """Rows of the videos that all methods have seen which saw at least half as many as any, controls left aside.
+
+    So all means are of the same videos, and a method that has seen fewer than these is left out.
+    """
+    ran = [row for row in rows if row["computed"] and ": " not in row["method"] and row["method"] != "oracle"]
+    seen: dict[tuple, set] = {}
     for row in ran:
         seen.setdefault((row["method"], row["setting"]), set()).add((row["class"], row["seed"]))
     most = max(map(len, seen.values()), default=0)
-    complete = {
-        key: videos for key, videos in seen.items() if len(videos) >= 0.9 * most or ":" in key[0] or key[0] == "oracle"
-    }
-    common = (
-        set.intersection(*(v for k, v in complete.items() if ":" not in k[0] and k[0] != "oracle"))
-        if complete
-        else set()
-    )
+    common = set.intersection(*(v for v in seen.values() if 2 * len(v) >= most)) if seen else set()
+    complete = {key for key, videos in seen.items() if videos >= common}
     return [row for row in ran if (row["method"], row["setting"]) in complete and (row["class"], row["seed"]) in common]
 
 
@@ -104,9 +101,10 @@ def cell(values: np.ndarray | None) -> str:
 
 
 def curves(rows: list[dict], by: str = "computed") -> dict[str, list[Curve]]:
-    """By method, in the rows' order; of AdaCache one a codebook, as a scale goes along each of them."""
+    """By method, those of the picture first; of AdaCache one a codebook, as a scale goes along each of them."""
     found: dict[str, list[Curve]] = {}
-    for method in dict.fromkeys(row["method"] for row in rows):
+    there = dict.fromkeys(row["method"] for row in rows)
+    for method in [*(name for name in FAMILY if name in there), *(name for name in there if name not in FAMILY)]:
         own = [row for row in rows if row["method"] == method]
         books = {row["setting"].split(" x ")[0] if " x " in row["setting"] else "" for row in own}
         found[method] = [Curve([r for r in own if r["setting"].startswith(book)], by) for book in sorted(books)]
@@ -178,13 +176,14 @@ def adaptivity(model: str) -> str:
         own = {key: r for key, r in own.items() if videos is None or key in videos}
         return {key: float(r["psnr"]) for key, r in own.items()}, np.mean([float(r["computed"]) for r in own.values()])
 
+    classes = {row["class"] for row in rows}
     pairs = {(r["method"].split(": ")[0], r["setting"], r["method"]) for r in rows if ": " in r["method"]}
     pairs |= {("oracle", r["setting"], OURS[0]) for r in rows if r["method"] == "oracle"}
     for method, setting, control in sorted(pairs):
         theirs, count = values(control, setting)
         mine, computed = values(method, setting, theirs)
         theirs = {key: theirs[key] for key in mine}
-        if not mine:
+        if {label for label, _ in mine} != classes:  # of some classes alone, the totals would not be equal
             continue
         difference = np.array([mine[key] - theirs[key] for key in mine])
         name = control.split(": ")[-1]
