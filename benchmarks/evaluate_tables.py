@@ -240,10 +240,11 @@ def source(model: str) -> str:
     rows = load(model)
     seeds = sorted({int(row["seed"]) for row in whole(rows)})
     videos = len({(row["class"], row["seed"]) for row in whole(rows)})
+    classes = len({row["class"] for row in whole(rows)})
     first = rows[0]
     return (
-        f"`python benchmarks/evaluate.py run --model {model}`: {videos} videos (seeds {seeds[0]} to {seeds[-1]} of six "
-        f"classes), {first['device']}, torch {first['torch']}, diffusers {first['diffusers']}; rows in "
+        f"`python benchmarks/evaluate.py run --model {model}`: {videos} videos (of {classes} classes, seeds {seeds[0]} to "
+        f"{seeds[-1]}), {first['device']}, torch {first['torch']}, diffusers {first['diffusers']}; rows in "
         f"`benchmarks/results/evaluate_{model}.csv`."
     )
 
