@@ -243,8 +243,8 @@ def source(model: str) -> str:
     classes = len({row["class"] for row in whole(rows)})
     first = rows[0]
     return (
-        f"`python benchmarks/evaluate.py run --model {model}`: {videos} videos (of {classes} classes, seeds {seeds[0]} to "
-        f"{seeds[-1]}), {first['device']}, torch {first['torch']}, diffusers {first['diffusers']}; rows in "
+        f"`python benchmarks/evaluate.py run --model {model}`: {videos} videos (of {classes} classes, seeds {seeds[0]} "
+        f"to {seeds[-1]}), {first['device']}, torch {first['torch']}, diffusers {first['diffusers']}; rows in "
         f"`benchmarks/results/evaluate_{model}.csv`."
     )
 
